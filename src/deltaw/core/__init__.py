@@ -1,0 +1,1 @@
+"""The nouns: places, weights, the normal forms, methods, adapters. Knows torch, not transformers."""

@@ -1,0 +1,31 @@
+"""One file per method. `METHODS` is the registry: adding a method is its file and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaw.core.spec import MethodSpec
+from deltaw.errors import SpecError, near
+from deltaw.methods.full import Full
+from deltaw.methods.lora import Lora
+
+METHODS: tuple[type[MethodSpec], ...] = (
+    Lora,
+    Full,
+)
+
+
+def method_class(name: str) -> type[MethodSpec]:
+    """The method called `name` in recipes and files; SpecError with the near name if there is none."""
+    known = {m.name: m for m in METHODS}
+    if name not in known:
+        raise SpecError(f"unknown method {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def spec_from(settings: dict[str, Any]) -> MethodSpec:
+    """A method's settings from plain data, as a recipe or deltaw.json holds it: {"method": "lora", ...}."""
+    return method_class(str(settings.get("method", "lora")))(**settings)
+
+
+__all__ = ["METHODS", "Full", "Lora", "method_class", "spec_from"]

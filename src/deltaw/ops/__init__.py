@@ -1,0 +1,1 @@
+"""Operations: each one a plain-PyTorch reference, and faster implementations compared with it."""

@@ -1,0 +1,57 @@
+"""deltaw: train, keep, merge and serve small changes (dW) to large frozen language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from deltaw.core.adapter import Adapter, Replacement
+from deltaw.core.affine import Affine
+from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.errors import DeltawError
+from deltaw.methods import METHODS, Full, Lora
+
+if TYPE_CHECKING:
+    from deltaw.merge.bake import bake
+    from deltaw.model.base import load_base
+    from deltaw.model.model import Model
+    from deltaw.store.peft import read_adapter as load_adapter
+    from deltaw.train.recipe import Recipe, load_recipe
+    from deltaw.train.run import train
+
+__version__ = "0.1.0"
+
+_LATER = {  # loaded on first use: these need transformers, which takes seconds to import
+    "Model": ("deltaw.model.model", "Model"),
+    "Recipe": ("deltaw.train.recipe", "Recipe"),
+    "bake": ("deltaw.merge.bake", "bake"),
+    "load_adapter": ("deltaw.store.peft", "read_adapter"),
+    "load_base": ("deltaw.model.base", "load_base"),
+    "load_recipe": ("deltaw.train.recipe", "load_recipe"),
+    "train": ("deltaw.train.run", "train"),
+}
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Affine",
+    "BaseFingerprint",
+    "DeltawError",
+    "Full",
+    "Lora",
+    "Model",
+    "Recipe",
+    "Replacement",
+    "bake",
+    "load_adapter",
+    "load_base",
+    "load_recipe",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,38 @@
+"""What a frozen matrix must offer, whatever format its bytes are in."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A frozen matrix W [out, in] in some format. It holds buffers, so no optimizer can reach it.
+
+    A format is one class that implements this; adding a format touches no method and no layer.
+    """
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype  # the dtype in which it computes
+
+    def mul(self, x: Tensor) -> Tensor:
+        """x W^T: [..., in] -> [..., out]. Differentiable in x; W never gets a gradient."""
+
+    def mul_t(self, g: Tensor) -> Tensor:
+        """g W: [..., out] -> [..., in], the gradient of `mul` with respect to x."""
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """The columns of W that `ids` [...] name: [..., out]; what an embedding looks up."""
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W as a plain [out, in] tensor of `dtype`; may share memory with W: do not write into it."""
+
+    def like(self, dense: Tensor) -> Weight:
+        """A new weight of the same format and orientation that holds `dense` [out, in]."""
+
+    def nbytes(self) -> int:
+        """Bytes that this weight keeps in memory, constants included."""

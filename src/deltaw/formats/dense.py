@@ -1,0 +1,62 @@
+"""The dense format: a plain matrix, in the orientation in which the base stores it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseWeight(nn.Module):
+    """A frozen matrix W [out, in] that shares its memory with the base's own tensor.
+
+    stored      [out, in], or [in, out] when `transposed` (GPT-2's Conv1D, embeddings)
+    """
+
+    stored: Tensor
+
+    def __init__(self, stored: Tensor, transposed: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("stored", stored.detach(), persistent=False)
+        self.transposed = transposed
+
+    @property
+    def in_features(self) -> int:
+        return self.stored.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return self.stored.shape[1 if self.transposed else 0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def mul(self, x: Tensor) -> Tensor:
+        """x W^T: [..., in] -> [..., out]."""
+        if not self.transposed:
+            return F.linear(x, self.stored)
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat @ self.stored).reshape(*x.shape[:-1], self.out_features)
+
+    def mul_t(self, g: Tensor) -> Tensor:
+        """g W: [..., out] -> [..., in]."""
+        return F.linear(g, self.stored) if self.transposed else g @ self.stored
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Columns of W named by `ids` [...]: [..., out]."""
+        return F.embedding(ids, self.stored if self.transposed else self.stored.T)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W as [out, in] of `dtype`."""
+        w = self.stored.T if self.transposed else self.stored
+        return w.to(dtype)
+
+    def like(self, dense: Tensor) -> DenseWeight:
+        """A new dense weight that holds `dense` [out, in] in this one's dtype and orientation."""
+        w = dense.T if self.transposed else dense
+        return DenseWeight(w.to(self.stored.dtype).contiguous(), self.transposed)
+
+    def nbytes(self) -> int:
+        """Bytes of the stored matrix."""
+        return self.stored.numel() * self.stored.element_size()

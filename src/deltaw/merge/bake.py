@@ -1,0 +1,214 @@
+"""Bake an adapter into its base: a plain transformers folder that needs nothing of ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.core.adapter import Adapter
+from deltaw.core.fingerprint import VOCABULARIES, BaseFingerprint, fingerprint_folder
+from deltaw.errors import AdapterError, BadInput, NotMergeable, RunError, near
+from deltaw.merge.changes import changes_of, grown_vocabulary
+from deltaw.merge.checkpoint import SHARD_BYTES, Checkpoint
+from deltaw.merge.probe import Probe, compare_folder, probe_text, unmerged_logits
+from deltaw.merge.source import Source, refuse_quantised
+from deltaw.merge.write import Tally, write_beside, write_config, write_weights
+from deltaw.model.identity import compare
+from deltaw.model.load import DTYPES, load_tokenizer, resolve_base
+from deltaw.model.vocabulary import with_tokens
+from deltaw.store.files import whole_folder
+from deltaw.store.peft import read_adapter
+
+OUT_DTYPES = ("float32", "bfloat16", "float16")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote and how near it is.
+
+    dtype             of the weights that were written
+    route             "shards": tensor by tensor; "loaded": through the network in memory
+    untied            whether the head and the embedding had to be written apart
+    new_tokens        added to the vocabulary
+    n_weights_changed numbers that differ from the base in float32
+    lost_share        share of those that the dtype rounds back to the base's value
+    largest_change    largest absolute change of a weight
+    probe             logits against the unmerged model; None when it was not asked for
+    size_bytes        of the weight files
+    """
+
+    out: str
+    base: str
+    adapter: str
+    method: str
+    dtype: str
+    route: str
+    untied: bool
+    new_tokens: tuple[str, ...]
+    n_tensors: int
+    n_tensors_changed: int
+    n_weights_changed: int
+    lost_share: float
+    largest_change: float
+    probe: Probe | None
+    size_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def bake(
+    base: str | Path,
+    adapter: str | Path | Adapter,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    text: str | None = None,
+    say: Say | None = None,
+    measure: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> MergeReport:
+    """Write base + adapter as a plain transformers folder, whole or not at all.
+
+    Sums are in float32; at most one shard of the result is in memory, unless `measure` loads both models.
+
+    base     a folder in Hugging Face layout, a hub id, a .gguf file, or a starter name
+    adapter  an Adapter or the folder of one
+    out      a folder that is not there yet, or empty
+    dtype    "float32", "bfloat16", "float16"; None: what each tensor of the checkpoint has
+    text     what the logits are compared on; None: a page of Jane Austen
+    say      called with a sentence before each long step
+    measure  load the unmerged model and the result and compare their logits
+
+    Raises NotMergeable, BaseMismatch, AdapterError, BaseError, RunError (`out` holds something), WorkFailed
+    (NaN or Inf, a full disk).
+    """
+    started = time.monotonic()
+    tell = say or (lambda line: None)
+    out = Path(out)
+    _refuse_used(out)
+    if dtype is not None and dtype not in OUT_DTYPES:
+        raise BadInput(
+            f"unknown dtype {dtype!r}.{near(dtype, OUT_DTYPES)} Known: {', '.join(OUT_DTYPES)}."
+        )
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(Path(adapter))
+    _refuse_unmergeable(adapter)
+    folder = resolve_base(base, say=say)
+    refuse_quantised(folder)
+    fingerprint = fingerprint_folder(folder)
+    compare(adapter.fingerprint, fingerprint, allow_other_base)
+    written_dtype = dtype or fingerprint.dtype
+    with Checkpoint(folder) as checkpoint, torch.no_grad():
+        source = Source(folder, checkpoint, adapter, fingerprint.dtype)
+        if source.loaded:
+            tell(
+                f"the files name {source.missing[0]} and others in another way: loading the whole model "
+                "with transformers instead of merging shard by shard"
+            )
+        made, places = source.match(adapter)
+        changes = changes_of(made, places, source.ties)
+        vocab_size = grown_vocabulary(changes, source.net)
+        tokenizer = _tokenizer(folder)
+        grown = _grown_tokenizer(tokenizer, adapter)
+        expected = None
+        if measure:
+            tell("computing logits of the unmerged model")
+            expected = unmerged_logits(
+                folder, adapter, tokenizer, probe_text() if text is None else text
+            )
+        with whole_folder(out) as aside:
+            tell(f"writing {written_dtype} weights")
+            tally = write_weights(source, changes, aside, DTYPES[dtype] if dtype else None, shard_bytes)
+            untied = tally.untied or source.contradicts_tie
+            write_config(
+                folder, aside, dtype=written_dtype, tied=False if untied else None, vocab_size=vocab_size
+            )
+            write_beside(folder, aside, grown)
+            probe = None
+            if expected is not None:
+                tell("computing logits of the merged model")
+                ids, wanted, kind = expected
+                probe = compare_folder(aside, written_dtype, ids, wanted, kind)
+    return _report(out, fingerprint, adapter, written_dtype, source, tally, probe, time.monotonic() - started)
+
+
+def _report(
+    out: Path,
+    fingerprint: BaseFingerprint,
+    adapter: Adapter,
+    dtype: str,
+    source: Source,
+    tally: Tally,
+    probe: Probe | None,
+    seconds: float,
+) -> MergeReport:
+    return MergeReport(
+        out=str(out),
+        base=fingerprint.short(),
+        adapter=adapter.id,
+        method=adapter.spec.name,
+        dtype=dtype,
+        route="loaded" if source.loaded else "shards",
+        untied=tally.untied,
+        new_tokens=adapter.spec.new_tokens,
+        n_tensors=tally.n_tensors,
+        n_tensors_changed=tally.n_tensors_changed,
+        n_weights_changed=tally.n_changed,
+        lost_share=tally.n_lost / max(tally.n_changed, 1),
+        largest_change=tally.largest,
+        probe=probe,
+        size_bytes=tally.n_bytes,
+        seconds=round(seconds, 3),
+    )
+
+
+def _refuse_used(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        what = "holds something" if out.is_dir() else "is a file"
+        raise RunError(f"{out} {what}: a merge writes a new folder.\n  Choose another --out, or remove it first.")
+
+
+def _refuse_unmergeable(adapter: Adapter) -> None:
+    spec = adapter.spec
+    if spec.trains_base:
+        raise NotMergeable(
+            f"Method {spec.name!r} trains the base itself: its result is a whole model already, "
+            "there is nothing to merge."
+        )
+    if not spec.mergeable:
+        raise NotMergeable(f"The change of method {spec.name!r} cannot be written into a base's weights.")
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The base's tokenizer, or None when its folder holds none."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", *VOCABULARIES)):
+        return load_tokenizer(folder)
+    return None
+
+
+def _grown_tokenizer(tokenizer: Any, adapter: Adapter) -> Any:
+    """A tokenizer that knows the adapter's new tokens, or None when it has none."""
+    tokens = adapter.spec.new_tokens
+    if not tokens:
+        return None
+    grown, ids = with_tokens(tokenizer, tokens)
+    for r in adapter.replaced:
+        if r.rows is not None and sorted(ids) != sorted(r.rows):
+            raise AdapterError(
+                f"The adapter's new tokens {list(tokens)} are numbers {sorted(ids)} in this base's vocabulary, "
+                f"but its rows of {r.tensor} are numbers {sorted(r.rows)}: it belongs to another tokenizer."
+            )
+    return grown

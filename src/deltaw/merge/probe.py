@@ -1,0 +1,84 @@
+"""How far a merged model is from the model it was merged from, on real text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter
+from deltaw.errors import WorkFailed
+from deltaw.model.load import load_transformers
+from deltaw.model.model import Model
+
+MOST_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Logits of the merged model, read back from its folder, against base + adapter in float32.
+
+    n_tokens         tokens compared
+    kind             "text", or "bytes" where the base has no tokenizer: the text's bytes as token numbers
+    logit_max        largest absolute difference;  logit_mean  mean absolute difference
+    top1             share of tokens after which both find the same next token the likeliest
+    """
+
+    n_tokens: int
+    kind: str
+    logit_max: float
+    logit_mean: float
+    top1: float
+
+
+def probe_text() -> str:
+    """The text that ships with the package: a page of Pride and Prejudice (1813, public domain)."""
+    return files("deltaw.merge").joinpath("probe.txt").read_text(encoding="utf-8")
+
+
+def unmerged_logits(folder: Path, adapter: Adapter, tokenizer: Any, text: str) -> tuple[Tensor, Tensor, str]:
+    """Token numbers [1, n], logits [n, vocab] of base + adapter in float32, and the kind of tokens."""
+    model = Model(load_transformers(folder, "float32"), tokenizer, None, folder)
+    model.attach(adapter)
+    ids, kind = _tokens(model, adapter, text)
+    with torch.inference_mode():
+        return ids, model.logits(ids)[0], kind
+
+
+def compare_folder(folder: Path, dtype: str, ids: Tensor, wanted: Tensor, kind: str) -> Probe:
+    """Load the merged folder with plain transformers in `dtype` and compare it with `wanted`.
+
+    Raises WorkFailed when the merged model's logits are not finite.
+    """
+    net = load_transformers(folder, dtype)
+    with torch.inference_mode():
+        found = net(input_ids=ids, use_cache=False).logits[0]
+    largest, total, same = 0.0, 0.0, 0
+    for mine, theirs in zip(found.split(64), wanted.split(64), strict=True):
+        apart = (mine.float() - theirs).abs()
+        if not bool(torch.isfinite(apart).all()):
+            raise WorkFailed(
+                f"The merged model gives NaN or Inf in {dtype}. Nothing was written; check that the base and the "
+                "adapter work in this dtype, or choose --dtype float32."
+            )
+        largest = max(largest, float(apart.max()))
+        total += float(apart.sum(dtype=torch.float64))
+        same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
+    return Probe(ids.shape[1], kind, largest, total / wanted.numel(), same / ids.shape[1])
+
+
+def _tokens(model: Model, adapter: Adapter, text: str) -> tuple[Tensor, str]:
+    """The text as tokens, with the adapter's own vocabulary at the end."""
+    vocab = model.net.get_input_embeddings().weight.shape[0]
+    rows = sorted({r for item in adapter.replaced for r in item.rows or ()})[:64]
+    limit = getattr(model.net.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
+    n = max(1, min(MOST_TOKENS, int(limit)) - len(rows))
+    if model.tokenizer is None:
+        ids = [byte % vocab for byte in text.encode()]
+        return torch.tensor([ids[:n] + rows]), "bytes"
+    ids = model.tokenizer(text, truncation=True, max_length=n)["input_ids"]
+    return torch.tensor([ids + rows]), "text"

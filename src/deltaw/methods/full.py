@@ -1,0 +1,35 @@
+"""Full fine-tuning: every weight of the base trains. The baseline every method is compared with.
+
+There is no normal form: modules stay as they are and the base itself changes, so nothing can be detached.
+The result is saved as a whole model. Count: every parameter of the base.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltaw.core.affine import Affine
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.weight import Weight
+
+
+class Full(MethodSpec):
+    """Settings of full fine-tuning: none of its own."""
+
+    name: ClassVar[str] = "full"
+    trains_base: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+    batchable: ClassVar[bool] = False
+
+    def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def init(self, site: LinearSite, weight: Weight, bias: Tensor | None, rng: torch.Generator) -> Params:
+        return {}
+
+    def lower(self, site: LinearSite, params: Params, weight: Weight) -> Affine:
+        return Affine()

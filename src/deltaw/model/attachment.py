@@ -1,0 +1,188 @@
+"""From a method's settings or a finished adapter to what hosts of one model will hold. Nothing is installed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter, Replacement
+from deltaw.core.affine import check
+from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.targets import select
+from deltaw.core.weight import Weight
+from deltaw.errors import AdapterError, ShapeError, TargetError, near
+
+
+@dataclass
+class Attachment:
+    """One adapter on one model.
+
+    sites      parameters by site name
+    swaps      whole replaced tensors by the base's tensor name
+    rows       swapped or added rows of a tensor: name -> (row numbers, [n, dim] values)
+    trainable  whether its tensors are leaves that ask for gradients
+    """
+
+    spec: MethodSpec
+    sites: dict[str, Params] = field(default_factory=dict)
+    swaps: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    trainable: bool = False
+    fingerprint: BaseFingerprint | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every tensor by a unique name."""
+        named = {f"{site}:{p}": t for site, params in self.sites.items() for p, t in params.items()}
+        named |= {f"replace:{name}": t for name, t in self.swaps.items()}
+        named |= {f"rows:{name}": value for name, (_, value) in self.rows.items()}
+        return named
+
+    def to_adapter(self, places: Mapping[str, LinearSite], provenance: dict[str, Any]) -> Adapter:
+        """A finished copy of the present state."""
+
+        def copied(t: Tensor) -> Tensor:
+            return t.detach().cpu().clone().contiguous()
+
+        replaced = [Replacement(name, copied(t)) for name, t in sorted(self.swaps.items())]
+        replaced += [
+            Replacement(name, copied(value), tuple(ids.tolist())) for name, (ids, value) in sorted(self.rows.items())
+        ]
+        return Adapter(
+            spec=self.spec,
+            sites={s: {p: copied(t) for p, t in params.items()} for s, params in self.sites.items()},
+            places=tuple(places[s] for s in self.sites),
+            replaced=tuple(replaced),
+            fingerprint=self.fingerprint,
+            provenance={**self.provenance, **provenance},
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a model offers: its linear maps with their weights, and all its named modules."""
+
+    sites: dict[str, LinearSite]
+    weights: dict[str, Weight]
+    biases: dict[str, Tensor | None]
+    modules: dict[str, nn.Module]
+
+
+def fresh(spec: MethodSpec, places: Places, rng: torch.Generator) -> Attachment:
+    """New, trainable parameters for `spec`. Raises TargetError when its places are not there."""
+    attachment = Attachment(spec, trainable=True)
+    if spec.trains_base:
+        return attachment
+    targeted = {s.name for s in select(spec, list(places.sites.values()))}
+    for name, site in places.sites.items():
+        if name not in targeted and not spec.wants(site):
+            continue
+        made = spec.init(site, places.weights[name], places.biases[name], rng)
+        shapes = spec.shapes(site, name in targeted)
+        attachment.sites[name] = {p: made[p].requires_grad_() for p in shapes}
+    for module in saved_modules(spec, places):
+        for tensor, value in own_tensors(module, places):
+            attachment.swaps[tensor] = value.detach().float().clone().requires_grad_()
+    if getattr(spec, "bias", "none") == "all":
+        for tensor, value in _other_biases(places):
+            attachment.swaps.setdefault(tensor, value.detach().float().clone().requires_grad_())
+    return attachment
+
+
+def saved_modules(spec: MethodSpec, places: Places) -> list[str]:
+    """The modules that `save_modules` names, by whole last parts of their path, as PEFT matches them."""
+    found: list[str] = []
+    for wanted in spec.save_modules:
+        hits = [n for n in places.modules if n == wanted or n.endswith(wanted)]
+        if not hits:
+            roles = sorted({n.rsplit(".", 1)[-1] for n in places.modules if n})
+            raise TargetError(f"save_modules {wanted!r} matches no module.{near(wanted, roles)}")
+        found += [h for h in hits if h not in found]
+    return found
+
+
+def own_tensors(module: str, places: Places) -> list[tuple[str, Tensor]]:
+    """The parameters inside one module, with the base's full names."""
+    return [(f"{module}.{name}", p) for name, p in places.modules[module].named_parameters()]
+
+
+def _other_biases(places: Places) -> list[tuple[str, Tensor]]:
+    """Biases that belong to no linear map: those of norms."""
+    return [
+        (f"{name}.bias", module.bias)
+        for name, module in places.modules.items()
+        if name not in places.sites and isinstance(getattr(module, "bias", None), nn.Parameter)
+    ]
+
+
+def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor]) -> Attachment:
+    """An adapter's tensors matched with the model, each one consumed and each expected one present.
+
+    Raises AdapterError that lists unknown places, missing parameters and wrong shapes.
+    """
+    spec = adapter.spec
+    problems: list[str] = []
+    attachment = Attachment(spec, fingerprint=adapter.fingerprint, provenance=dict(adapter.provenance))
+    try:
+        targeted = {s.name for s in select(spec, list(places.sites.values()))} if not spec.trains_base else set()
+    except TargetError as error:
+        targeted = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
+        problems.append(str(error).rstrip("."))
+    unknown = [name for name in adapter.sites if name not in places.sites]
+    if unknown:
+        roles = sorted(places.sites)
+        problems.append(f"no such place in this model: {_some(unknown)}.{near(unknown[0], roles)}")
+    for name, params in adapter.sites.items():
+        if name not in places.sites:
+            continue
+        problems += _misfit(spec, places, name, params, name in targeted)
+        attachment.sites[name] = {p: t.detach().clone() for p, t in params.items()}
+    if absent := [name for name in places.sites if name in targeted and name not in adapter.sites]:
+        problems.append(f"no tensors for {_some(absent)}, which its settings target")
+    for r in adapter.replaced:
+        base = base_tensors.get(r.tensor)
+        if base is None:
+            problems.append(f"it replaces {r.tensor}, which this model does not have")
+        elif r.rows is not None:
+            if r.value.shape != (len(r.rows), base.shape[1]):
+                problems.append(f"rows of {r.tensor} have shape {tuple(r.value.shape)}, need {base.shape[1]} columns")
+            attachment.rows[r.tensor] = (torch.tensor(r.rows, dtype=torch.long), r.value.detach().clone())
+        elif r.value.shape != base.shape:
+            problems.append(f"{r.tensor} has shape {tuple(r.value.shape)}, this model's is {tuple(base.shape)}")
+        elif not torch.equal(r.value.to(base.dtype), base):
+            attachment.swaps[r.tensor] = r.value.detach().clone()
+    if problems:
+        raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")
+    return attachment
+
+
+def _misfit(spec: MethodSpec, places: Places, name: str, params: Params, targeted: bool) -> list[str]:
+    site = places.sites[name]
+    wanted = spec.shapes(site, targeted)
+    problems = []
+    if missing := [p for p in wanted if p not in params]:
+        problems.append(f"{name} lacks {', '.join(missing)}")
+    if extra := [p for p in params if p not in wanted]:
+        problems.append(f"{name} has {', '.join(extra)}, which its settings do not ask for")
+    for p, shape in wanted.items():
+        if p in params and tuple(params[p].shape) != tuple(shape):
+            problems.append(f"{name}:{p} has shape {tuple(params[p].shape)}, this model needs {tuple(shape)}")
+    if bad := [p for p, t in params.items() if not bool(torch.isfinite(t).all())]:
+        problems.append(f"{name} holds NaN or Inf in {', '.join(bad)}")
+    if not problems:
+        try:
+            check(spec.lower(site, params, places.weights[name]), places.weights[name], name)
+        except ShapeError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

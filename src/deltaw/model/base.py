@@ -1,0 +1,47 @@
+"""From a name to a model that can wear adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from deltaw.core.fingerprint import fingerprint_folder
+from deltaw.errors import BaseError, near
+from deltaw.formats import FORMATS
+from deltaw.model.load import load_tokenizer, load_transformers, resolve_base
+from deltaw.model.model import Model
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(check and check())
+
+
+def best_dtype(trains_base: bool = False) -> str:
+    """What dtype "auto" means here: bfloat16 where the CPU has it, else float32; float32 for full fine-tuning."""
+    return "bfloat16" if has_fast_bfloat16() and not trains_base else "float32"
+
+
+def load_base(
+    path: str | Path,
+    format: str = "dense",
+    dtype: str = "float32",
+    say: Callable[[str], None] | None = None,
+) -> Model:
+    """Load a base model to attach adapters to.
+
+    path    a folder in Hugging Face layout, a hub id, a .gguf file, or a starter name
+    format  how its linear weights are kept: "dense"
+    dtype   "float32", "bfloat16", "float16", "float64", or "auto" (bfloat16 where the CPU has it)
+    say     called with a sentence when something takes a while (a download, a conversion)
+
+    Raises BaseError.
+    """
+    if format not in FORMATS:
+        raise BaseError(f"Unknown format {format!r}.{near(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+    folder = resolve_base(path, say=say)
+    net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype)
+    return Model(net, load_tokenizer(folder), fingerprint_folder(folder), folder)

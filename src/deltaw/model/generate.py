@@ -1,0 +1,121 @@
+"""Token by token: many prompts in one batch, finished rows leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from deltaw.model.model import Model
+
+GiveUp = Callable[[int, list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature  0: the most likely one
+    top_p        keep the smallest set of tokens whose probability reaches this
+    seed         of the random stream; the same prompts, batch and seed give the same tokens
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def end_tokens(model: Model) -> set[int]:
+    """The ids that end an answer: the tokenizer's end token and those of the generation config."""
+    ends: set[int] = set()
+    for source in (model.tokenizer, getattr(model.net, "generation_config", None)):
+        found = getattr(source, "eos_token_id", None)
+        ends |= set(found) if isinstance(found, list) else {found} if found is not None else set()
+    return ends
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 64,
+    give_up: GiveUp | None = None,
+) -> list[list[int]]:
+    """Continue each prompt (token ids) until an end token or `max_new_tokens`.
+
+    give_up  called as (prompt number, tokens so far) after each token; True ends that row at once
+    returns  for each prompt its new tokens, without the end token
+    """
+    sampling = sampling or Sampling()
+    rng = torch.Generator().manual_seed(sampling.seed)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    ends = end_tokens(model)
+    for start in range(0, len(order), batch_size):
+        _batch(model, prompts, order[start : start + batch_size], answers, max_new_tokens, ends, sampling, rng, give_up)
+    return answers
+
+
+def _batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    answers: list[list[int]],
+    max_new_tokens: int,
+    ends: set[int],
+    sampling: Sampling,
+    rng: torch.Generator,
+    give_up: GiveUp | None,
+) -> None:
+    """Fill `answers` for the prompts numbered `rows`, padded on the left."""
+    longest = max(len(prompts[i]) for i in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for r, i in enumerate(rows):
+        ids[r, longest - len(prompts[i]) :] = torch.tensor(prompts[i], dtype=torch.long)
+        mask[r, longest - len(prompts[i]) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.net.config)
+    for number in range(max_new_tokens):
+        out = model.net(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen = _choose(out.logits[:, -1], sampling, rng)
+        keep = []
+        for r, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            if token in ends:
+                continue
+            answers[i].append(token)
+            if give_up is None or not give_up(i, answers[i]):
+                keep.append(r)
+        if not keep or number + 1 == max_new_tokens:
+            return
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        if len(keep) < len(rows):
+            index = torch.tensor(keep)
+            cache.batch_select_indices(index)
+            ids, positions, mask = ids[index], positions[index], mask[index]
+            rows = [rows[r] for r in keep]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+
+
+def _choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ranked, where = probs.sort(-1, descending=True)
+        beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
+        probs = torch.zeros_like(probs).scatter(-1, where, ranked.masked_fill(beyond, 0.0))
+    return torch.multinomial(probs, 1, generator=rng).squeeze(-1)

@@ -1,0 +1,152 @@
+"""`Host`: the one layer class that replaces a linear map of the base, with room for adapters.
+
+`EmbeddingHost` is its sibling for input embeddings. Neither changes a weight: taking a host out puts the base's own
+module back, and with no adapter in use a host calls that module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.affine import Affine
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.weight import Weight
+from deltaw.ops.affine import apply, apply_columns, delta
+
+
+@dataclass
+class Rows:
+    """Rows of an embedding or a head that an adapter swaps or adds.
+
+    ids    [n] row numbers; those at or beyond the base's vocabulary are new
+    value  [n, dim], float32
+    """
+
+    ids: Tensor
+    value: Tensor
+
+
+@dataclass
+class Slot:
+    """What one adapter holds at one host."""
+
+    spec: MethodSpec
+    params: Params
+    rows: Rows | None = None
+
+
+@dataclass
+class Run:
+    """What the hosts of one model share while it computes.
+
+    use       adapters in use, name -> weight; a set is the base plus the weighted sum of its deltas
+    seed      seeds dropout; None outside training
+    """
+
+    use: dict[str, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+class Host(nn.Module):
+    """One linear map y = W x + b of the base, and the changes that adapters make to it."""
+
+    def __init__(self, site: LinearSite, original: nn.Module, weight: Weight, run: Run, number: int) -> None:
+        super().__init__()
+        self.site = site
+        self.original = original
+        self.frozen = weight
+        self.run = run
+        self.number = number  # distinct per host: part of its dropout's seed
+        self.slots: dict[str, Slot] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's stored tensor, for code that asks a layer for its weight."""
+        return self.original.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.original, "bias", None)
+
+    def in_use(self) -> list[tuple[Slot, float]]:
+        return [(self.slots[n], w) for n, w in self.run.use.items() if n in self.slots]
+
+    def _affine(self, slot: Slot) -> Affine:
+        return slot.spec.lower(self.site, slot.params, self.frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] (plus the new columns where an adapter adds vocabulary to a head)."""
+        used = self.in_use()
+        changed = [(slot, w) for slot, w in used if slot.params]
+        if not changed:
+            y = self.original(x)
+        elif len(changed) == 1 and changed[0][1] == 1.0:
+            y = self._apply(changed[0][0], x)
+        else:
+            base = self.original(x)
+            y = base
+            for slot, w in changed:
+                y = y + w * delta(self._affine(slot), x, self.frozen, base, self.bias)
+        for slot, _ in used:
+            if slot.rows is not None:
+                y = _with_columns(y, slot.rows.ids, x @ slot.rows.value.to(x.dtype).T)
+        return y
+
+    def _apply(self, slot: Slot, x: Tensor) -> Tensor:
+        affine = self._affine(slot)
+        dropped = None
+        if affine.drop > 0 and self.run.seed is not None:
+            dropped = x * self._keep(x, affine.drop)
+        return apply(affine, x, self.frozen, self.bias, dropped)
+
+    def _keep(self, x: Tensor, drop: float) -> Tensor:
+        """The dropout mask, a function of run seed and place only: recomputation and resume see the same."""
+        rng = torch.Generator().manual_seed((self.run.seed or 0) * 1_000_003 + self.number)
+        keep = torch.rand(x.shape, generator=rng) >= drop
+        return keep.to(x.dtype).div_(1 - drop).to(x.device)
+
+
+class EmbeddingHost(Host):
+    """An input embedding: the same linear map, applied to one-hot vectors by looking columns up."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        """ids [...] -> [..., dim]."""
+        used = self.in_use()
+        n_vocab = self.frozen.in_features
+        known = ids.clamp(max=n_vocab - 1) if any(s.rows is not None for s, _ in used) else ids
+        y = self.original(known)
+        gain = getattr(self.original, "embed_scale", None)  # Gemma 3 scales inside its embedding
+        base = None
+        for slot, w in used:
+            if slot.params:
+                base = self.frozen.columns(known) if base is None else base
+                d = apply_columns(self._affine(slot), known, self.frozen) - base
+                y = y + w * (d if gain is None else d * gain.to(y.dtype))
+        for slot, _ in used:
+            if slot.rows is not None:
+                y = _looked_up(y, ids, slot.rows, n_vocab, gain)
+        return y
+
+
+def _looked_up(y: Tensor, ids: Tensor, rows: Rows, n_vocab: int, gain: Tensor | None) -> Tensor:
+    """y with the rows of swapped or new tokens in place."""
+    size = max(n_vocab, int(rows.ids.max()) + 1)
+    number = torch.full((size,), -1, dtype=torch.long, device=ids.device)
+    number[rows.ids] = torch.arange(len(rows.ids), device=ids.device)
+    which = number[ids]
+    value = nn.functional.embedding(which.clamp(min=0), rows.value).to(y.dtype)
+    if gain is not None:
+        value = value * gain.to(y.dtype)
+    return torch.where((which >= 0).unsqueeze(-1), value, y)
+
+
+def _with_columns(y: Tensor, ids: Tensor, new: Tensor) -> Tensor:
+    """Logits y [..., V] with the columns `ids` replaced or appended by `new` [..., n]."""
+    extra = int(ids.max()) + 1 - y.shape[-1]
+    if extra > 0:
+        y = torch.cat([y, y.new_full((*y.shape[:-1], extra), float("-inf"))], -1)
+    return y.index_copy(-1, ids, new)

@@ -1,0 +1,231 @@
+"""From a name to a base in memory: its folder, tokenizer and network; what cannot be trusted is refused."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from deltaw.core.fingerprint import checkpoint_files, read_header
+from deltaw.errors import BaseError, WorkFailed, near
+from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
+
+__all__ = [
+    "DTYPES",
+    "check_finite",
+    "load_tokenizer",
+    "load_transformers",
+    "refuse_unsupported",
+    "resolve_base",
+]
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+NOT_HUB_FILES = ["*/*", "consolidated*"]  # copies in other formats
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+HUB_ANSWER_S = 10
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOWERS = ("vision_config", "audio_config")
+LISTED = 5
+
+
+def resolve_base(path_or_name: str | Path, *, say: Say | None = None) -> Path:
+    """The folder of a base, from a starter name, a folder, a .gguf file or a hub id; fetched once.
+
+    Raises BaseError that lists what was tried; WorkFailed when a download fails half way or the disk is full.
+    """
+    name = os.fspath(path_or_name)
+    if name in STARTERS:
+        return fetch_starter(name, say=say)
+    if not name.strip():
+        raise BaseError("the base has an empty name.\n  Give a folder, hub id, .gguf file or starter name.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return convert_gguf(path, say=say)
+        raise BaseError(
+            f"{path} is a file, but not a .gguf.\n  Give a model's folder in Hugging Face layout."
+        )
+    tried = [f"starter names: {', '.join(STARTERS)}", f"folder or .gguf file {path.absolute()}: not there"]
+    if not isinstance(path_or_name, Path) and HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
+        return _from_hub(name, tried, say)
+    raise _not_found(name, tried)
+
+
+def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a base (what resolve_base takes). Raises BaseError when it has none that loads."""
+    folder = resolve_base(path_or_name)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as problem:  # transformers raises many kinds for a missing or broken tokenizer
+        raise BaseError(
+            f"{folder} has no tokenizer that loads: {_first_line(problem)}\n"
+            "  A base needs its tokenizer.json (or vocabulary files) and tokenizer_config.json."
+        ) from problem
+    if not tokenizer.is_fast:
+        raise BaseError(
+            f"the tokenizer of {folder} ({type(tokenizer).__name__}) gives no character offsets.\n"
+            "  Use a version of the model with a tokenizer.json."
+        )
+    return tokenizer
+
+
+def load_transformers(folder: Path, dtype: str) -> PreTrainedModel:
+    """The frozen network of a folder in Hugging Face layout, in eval mode, on the CPU.
+
+    dtype   a key of DTYPES; weights are converted while they load
+
+    Raises BaseError: no config, no safetensors (pickles are refused), a truncated file, an architecture that
+    is not a causal language model, tensors that are missing, left over or misshapen.
+    """
+    if dtype not in DTYPES:
+        raise BaseError(f"unknown dtype {dtype!r}.{near(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
+    for file in checkpoint_files(folder):
+        read_header(file)
+    try:
+        with quiet():
+            net, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that `info` lists them all
+                output_loading_info=True,
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
+        raise BaseError(
+            f"{folder} does not load as a causal language model: {_first_line(problem)}\n"
+            "  Check config.json; models that need code from their repository are refused."
+        ) from problem
+    _check_complete(folder, info)
+    declared = net.config.architectures or []
+    if declared and all(name.endswith("ForMaskedLM") for name in declared):
+        raise BaseError(f"{folder} is a masked language model ({', '.join(declared)}).\n  Give a causal one.")
+    return net.eval().requires_grad_(False)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise BaseError, naming the tensors, when a parameter or buffer holds NaN or infinity."""
+    bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise BaseError(f"the base holds NaN or infinity in {_some(bad)}.\n  Download or convert it again.")
+
+
+def refuse_unsupported(model: PreTrainedModel, *, attention_only: bool) -> None:
+    """Refuse mixtures of experts and models with vision or audio towers, unless only attention is targeted.
+
+    Fused experts are bare 3-D parameters that no adapter on linear maps reaches: adapting the rest in
+    silence would be a wrong answer. Raises BaseError naming the modules.
+    """
+    if attention_only:
+        return
+    advice = "  Target only attention projections (for example q_proj, k_proj, v_proj, o_proj)."
+    experts = _expert_modules(model)
+    if experts:
+        raise BaseError(
+            f"{model.config.model_type} is a mixture of experts, and its experts cannot wear adapters yet: "
+            f"{_some(experts)}.\n{advice}"
+        )
+    towers = [key for key in TOWERS if getattr(model.config, key, None) is not None]
+    if towers:
+        kinds = tuple(key.removesuffix("_config") for key in towers)
+        modules = [n for n, _ in model.named_modules() if n and n.rsplit(".", 1)[-1].startswith(kinds)]
+        raise BaseError(
+            f"{model.config.model_type} is not a plain text model ({', '.join(towers)} in its config): "
+            f"{_some(modules or list(kinds))}.\n{advice}"
+        )
+
+
+def _expert_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that hold experts, of MoE blocks when only the config tells, or []."""
+    found: dict[str, None] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if "experts" in parts:
+            found[".".join(parts[: parts.index("experts") + 1])] = None
+        elif parameter.ndim == 3 and ("experts" in name or "moe" in name):
+            found[name.rpartition(".")[0]] = None
+    config = model.config.get_text_config()
+    holders = (config, getattr(config, "ffn_config", None))
+    counted = [
+        f"{key}={n}"
+        for holder in holders
+        for key in EXPERT_COUNTS
+        if isinstance(n := getattr(holder, key, None), int) and n > 0
+    ]
+    return list(found) or counted
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Raise BaseError unless the checkpoint held every tensor of the network, in its shape, and no other."""
+    misshapen = [f"{n} (file {list(a)}, model {list(b)})" for n, a, b in sorted(info["mismatched_keys"])]
+    taken = {item[0] for item in info["mismatched_keys"]}
+    problems = [
+        ("missing", sorted(set(info["missing_keys"]) - taken)),
+        ("unknown", sorted(info["unexpected_keys"])),
+        ("misshapen", misshapen),
+    ]
+    said = [f"  {kind}: {_some(names)}" for kind, names in problems if names]
+    if said:
+        raise BaseError(
+            f"the weights of {folder} do not fit its config.json:\n" + "\n".join(said) + "\n"
+            "  Download the model again; folder and config must belong together."
+        )
+
+
+def _from_hub(name: str, tried: list[str], say: Say | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if say and not constants.HF_HUB_OFFLINE:
+        say(f"looking for {name} on the Hugging Face hub")
+    try:
+        with quiet():
+            folder = snapshot_download(
+                name, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES, etag_timeout=HUB_ANSWER_S
+            )
+    except LocalEntryNotFoundError as problem:
+        why = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+        raise _not_found(
+            name, [*tried, f"hub id {name}: {why}, and it is not in the hub's cache"]
+        ) from problem
+    except Exception as problem:
+        if is_no_space(problem):
+            raise WorkFailed(
+                f"no space left on the disk of {constants.HF_HUB_CACHE} while fetching {name}.\n"
+                "  Free some space, or set HF_HOME to a folder on a larger disk; then run again."
+            ) from problem
+        raise _not_found(name, [*tried, f"hub id {name}: {_first_line(problem)}"]) from problem
+    return Path(folder)
+
+
+def _not_found(name: str, tried: list[str]) -> BaseError:
+    # a typing error in a starter name is likelier than a hub id of the same letters
+    hint = difflib.get_close_matches(name.lower().rpartition("/")[2], list(STARTERS), n=1, cutoff=0.5)
+    meant = f" Did you mean {hint[0]!r}?" if hint else ""
+    lines = "".join(f"\n  tried {line}" for line in tried)
+    return BaseError(f"no base called {name!r} was found.{meant}{lines}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,290 @@
+"""A transformers model wearing adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.core.adapter import Adapter
+from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec
+from deltaw.data.pack import Batch
+from deltaw.errors import AdapterError, BaseMismatch, NotFound, SpecError, near
+from deltaw.formats.dense import DenseWeight
+from deltaw.model.attachment import Attachment, Places, fresh, strict
+from deltaw.model.attention import Documents, packed_attention
+from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
+from deltaw.model.identity import compare
+from deltaw.model.load import refuse_unsupported
+from deltaw.model.sites import find_sites
+from deltaw.model.swap import Swapped
+from deltaw.model.vocabulary import add_rows, with_tokens
+from deltaw.store.peft import read_adapter
+
+
+class Model:
+    """A base model that adapters can be attached to. The base's weights are never written.
+
+    net          the transformers model; its own modules are back after `detach`
+    tokenizer    its tokenizer (with the new tokens of an attached adapter), or None
+    fingerprint  which base this is, or None for a model made in memory
+    folder       where the base came from, or None
+    """
+
+    def __init__(
+        self,
+        net: PreTrainedModel,
+        tokenizer: Any = None,
+        fingerprint: BaseFingerprint | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.folder = folder
+        self.run = Run()
+        self.adapters: dict[str, Attachment] = {}
+        self._own_tokenizer = tokenizer
+        modules = dict(net.named_modules())
+        sites = find_sites(net)
+        self.places = Places(
+            sites=sites,
+            weights={n: DenseWeight(modules[n].weight, s.kind != "linear") for n, s in sites.items()},
+            biases={n: getattr(modules[n], "bias", None) for n in sites},
+            modules=modules,
+        )
+        self._base_tensors = dict(net.named_parameters(remove_duplicate=False))
+        self._hosts: dict[str, Host] = {}
+        self._swaps: dict[str, Swapped] = {}
+
+    # Attach, use, detach ------------------------------------------------------------------------
+
+    def attach(
+        self,
+        what: MethodSpec | Adapter | str | Path,
+        name: str = "default",
+        *,
+        trainable: bool = False,
+        allow_other_base: bool = False,
+        seed: int = 0,
+    ) -> str:
+        """Attach a new trainable adapter (from settings) or a finished one (strictly), and use it.
+
+        what              a method's settings; or an Adapter; or the folder of a saved one
+        trainable         whether a finished adapter goes on training
+        allow_other_base  attach although the base differs from the one it was trained on
+        seed              for fresh parameters
+        returns           `name`
+
+        Raises AdapterError or TargetError; the model is then as it was.
+        """
+        if name in self.adapters:
+            raise AdapterError(f"An adapter called {name!r} is attached already. Detach it, or pass another name.")
+        if any(a.spec.trains_base for a in self.adapters.values()):
+            raise AdapterError("This model trains its own weights (method 'full'): nothing can be attached to it.")
+        if isinstance(what, MethodSpec):
+            made = self._fresh(what, seed)
+        else:
+            adapter = what if isinstance(what, Adapter) else read_adapter(Path(what))
+            if adapter.spec.trains_base:
+                raise AdapterError("A fully fine-tuned model is a base of its own: load it with load_base.")
+            compare(adapter.fingerprint, self.fingerprint, allow_other_base)
+            made = strict(adapter, self.places, self._base_tensors)
+            made.trainable = trainable
+            self._refuse_fused(made)
+            if made.spec.new_tokens:
+                self._take_tokens(made.spec.new_tokens)
+            for tensor in made.parameters().values():
+                tensor.requires_grad_(trainable)
+        self._install(name, made)
+        self.use(name)
+        return name
+
+    def _fresh(self, spec: MethodSpec, seed: int) -> Attachment:
+        made = fresh(spec, self.places, torch.Generator().manual_seed(seed))
+        made.fingerprint = self.fingerprint
+        self._refuse_fused(made)
+        if spec.trains_base:
+            if self.adapters:
+                raise AdapterError("Method 'full' trains the base itself: detach the other adapters first.")
+            self.net.requires_grad_(True)
+        elif spec.new_tokens:
+            made.rows |= add_rows(self._take_tokens(spec.new_tokens), self.net, self._base_tensors, self.places)
+        return made
+
+    def _refuse_fused(self, made: Attachment) -> None:
+        attention = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense", "out_proj"}
+        only = bool(made.sites) and all(self.places.sites[s].role in attention for s in made.sites)
+        refuse_unsupported(self.net, attention_only=only)
+
+    def _take_tokens(self, tokens: tuple[str, ...]) -> list[int]:
+        self.tokenizer, ids = with_tokens(self.tokenizer, tokens)
+        return ids
+
+    def add_tokens(self, tokens: list[str], name: str | None = None) -> list[int]:
+        """Add vocabulary to an attached, trainable adapter: only the new rows train and are saved.
+
+        returns  the ids of `tokens`; ones that the tokenizer knew get their present row as a start
+        """
+        name = self._one_name(name)
+        made = self.adapters[name]
+        if not made.trainable or made.rows:
+            raise AdapterError(f"Adapter {name!r} is not trainable or has added tokens already.")
+        ids = self._take_tokens(tuple(tokens))
+        made.rows |= add_rows(ids, self.net, self._base_tensors, self.places)
+        made.spec = made.spec.model_copy(update={"new_tokens": (*made.spec.new_tokens, *tokens)})
+        self._install_rows(name, made)
+        return ids
+
+    def use(self, which: str | Mapping[str, float] | None) -> None:
+        """Compute with one adapter, a weighted set (the base plus the sum of their deltas), or none.
+
+        Copies no weight. Raises NotFound for a name that is not attached, AdapterError for a set that
+        cannot be summed.
+        """
+        wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        for name in wanted:
+            if name not in self.adapters:
+                raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")
+        if len(wanted) > 1:
+            self._refuse_clash(list(wanted))
+        self.run.use = {name: float(weight) for name, weight in wanted.items()}
+
+    def _refuse_clash(self, names: list[str]) -> None:
+        with_rows = [n for n in names if self.adapters[n].rows]
+        if with_rows:
+            raise AdapterError(f"{with_rows[0]!r} has vocabulary of its own and cannot be summed with others.")
+        for name in names:
+            for tensor in self.adapters[name].swaps:
+                owner = tensor.rpartition(".")[0]
+                if hit := [o for o in names if o != name and owner in self.adapters[o].sites]:
+                    raise AdapterError(f"{name!r} replaces {tensor}, where {hit[0]!r} has a change: no sum exists.")
+
+    def detach(self, name: str | None = None) -> None:
+        """Take one adapter out, or all; the base is then what it was, bit for bit.
+
+        Raises AdapterError for method 'full', which has changed the base itself.
+        """
+        if any(a.spec.trains_base for a in self.adapters.values()):
+            raise AdapterError("Method 'full' has changed the base itself: load the base again to have it back.")
+        for gone in list(self.adapters) if name is None else [self._one_name(name)]:
+            del self.adapters[gone]
+            self.run.use.pop(gone, None)
+            for site, host in list(self._hosts.items()):
+                host.slots.pop(gone, None)
+                if not host.slots:
+                    self._put(site, host.original)
+                    del self._hosts[site]
+            for owner, swapped in list(self._swaps.items()):
+                swapped.values.pop(gone, None)
+                if not swapped.values:
+                    self._put_inner(owner, swapped.original)
+                    del self._swaps[owner]
+        if not any(a.rows for a in self.adapters.values()):
+            self.tokenizer = self._own_tokenizer
+
+    def _one_name(self, name: str | None) -> str:
+        if name is None:
+            if len(self.run.use) != 1:
+                raise SpecError(f"Say which adapter is meant; in use: {sorted(self.run.use) or 'none'}.")
+            return next(iter(self.run.use))
+        if name not in self.adapters:
+            raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")
+        return name
+
+    # Installing ------------------------------------------------------------------------------------
+
+    def _install(self, name: str, made: Attachment) -> None:
+        self.adapters[name] = made
+        for site, params in made.sites.items():
+            self._host(site).slots[name] = Slot(made.spec, params)
+        for tensor, value in made.swaps.items():
+            owner, _, key = tensor.rpartition(".")
+            self._swapped(owner).values.setdefault(name, {})[key] = value
+        self._install_rows(name, made)
+
+    def _install_rows(self, name: str, made: Attachment) -> None:
+        for tensor, (ids, value) in made.rows.items():
+            owners = [n for n, t in self._base_tensors.items() if t is self._base_tensors[tensor]]
+            for owner in {tensor, *(o for o in owners if o not in made.rows)}:
+                site = owner.rpartition(".")[0]
+                slot = self._host(site).slots.setdefault(name, Slot(made.spec, {}))
+                slot.rows = Rows(ids, value)
+
+    def _host(self, site_name: str) -> Host:
+        if site_name not in self._hosts:
+            site = self.places.sites[site_name]
+            kind = EmbeddingHost if site.kind == "embedding" else Host
+            inner = self._swaps.get(site_name, self.places.modules[site_name])
+            number = list(self.places.sites).index(site_name)
+            host = kind(site, inner, self.places.weights[site_name], self.run, number)
+            self._hosts[site_name] = host
+            self._put(site_name, host)
+        return self._hosts[site_name]
+
+    def _swapped(self, owner: str) -> Swapped:
+        if owner not in self._swaps:
+            self._swaps[owner] = Swapped(self.places.modules[owner], self.run)
+            self._put_inner(owner, self._swaps[owner])
+        return self._swaps[owner]
+
+    def _put_inner(self, path: str, module: nn.Module) -> None:
+        if path in self._hosts:
+            self._hosts[path].original = module
+        else:
+            self._put(path, module)
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(self.places.modules[parent], child, module)
+
+    # Parameters and results ------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Every tensor that trains, by a unique name: adapters' parameters, or the base's for 'full'."""
+        if any(a.spec.trains_base for a in self.adapters.values()):
+            return {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        used = {n: a for n, a in self.adapters.items() if a.trainable}
+        prefix = len(used) > 1
+        return {
+            (f"{name}/{key}" if prefix else key): t for name, a in used.items() for key, t in a.parameters().items()
+        }
+
+    def adapter(self, name: str | None = None, **provenance: Any) -> Adapter:
+        """A finished, immutable copy of an attached adapter (the one in use by default)."""
+        return self.adapters[self._one_name(name)].to_adapter(self.places.sites, provenance)
+
+    # Computing -------------------------------------------------------------------------------------
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab]."""
+        out = self.net(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: Tensor = out.logits
+        return logits
+
+    def pack_logits(self, batch: Batch) -> Tensor:
+        """Logits where a pack's targets are predicted: [n_targets, vocab]; documents do not see each other.
+
+        With activation checkpointing the caller keeps `packed_attention` open through the backward.
+        """
+        with packed_attention(self.net):
+            out = self.net(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                documents=Documents.of(batch.bounds),
+                use_cache=False,
+                logits_to_keep=batch.predict_at,
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def copy_tokenizer(self) -> Any:
+        """A copy of the tokenizer that may be changed."""
+        return copy.deepcopy(self.tokenizer)

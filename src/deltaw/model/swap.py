@@ -1,0 +1,42 @@
+"""`Swapped`: a module of the base computing with replaced tensors (trained norms, heads, biases of norms)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from deltaw.model.host import Run
+
+
+class Swapped(nn.Module):
+    """Wraps a module; while an adapter with replacements is in use, its call sees those tensors.
+
+    values  adapter name -> {tensor name inside the module: value}; the base's own tensors stay as they are
+    """
+
+    def __init__(self, original: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.original = original
+        self.run = run
+        self.values: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's stored tensor, for code that asks a layer for its weight."""
+        return self.original.weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        used = [(self.values[n], w) for n, w in self.run.use.items() if n in self.values]
+        if not used:
+            return self.original(*args, **kwargs)
+        own = dict(self.original.named_parameters()) | dict(self.original.named_buffers())
+        seen = {}
+        for key in {k for values, _ in used for k in values}:
+            base = own[key]
+            if len(used) == 1 and used[0][1] == 1.0:
+                seen[key] = used[0][0][key].to(base.dtype)
+            else:
+                seen[key] = base + sum(w * (v[key].to(base.dtype) - base) for v, w in used if key in v)
+        return functional_call(self.original, seen, args, kwargs, tie_weights=False)

@@ -1,0 +1,62 @@
+"""Apply an Affine (core/affine.py has the formula) at an input, under autograd."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.core.affine import Affine
+from deltaw.core.weight import Weight
+from deltaw.ops.lowrank import lowrank_linear
+
+
+def apply(
+    affine: Affine,
+    x: Tensor,
+    weight: Weight,
+    base_bias: Tensor | None = None,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """The changed map at `x`: [..., in] -> [..., out].
+
+    dropped  x after dropout, the input of A in training; None: x itself
+    """
+    dtype = x.dtype
+    gained = x if affine.in_gain is None else x * affine.in_gain.to(dtype)
+    bias = base_bias if affine.bias is None else affine.bias.to(dtype)
+    if affine.A is None or affine.B is None:
+        y = weight.mul(gained)
+    else:
+        branch = x if dropped is None else dropped
+        y = lowrank_linear(gained, weight, affine.A, affine.B, affine.scale, branch)
+    if affine.out_gain is not None:
+        y = y * affine.out_gain.to(dtype)
+    return y if bias is None else y + bias
+
+
+def delta(affine: Affine, x: Tensor, weight: Weight, base: Tensor, base_bias: Tensor | None) -> Tensor:
+    """What the change adds to the base's own output `base` [..., out] at `x` [..., in]."""
+    if not affine.is_low_rank_only:
+        return apply(affine, x, weight, base_bias) - base
+    d = base.new_zeros(())
+    if affine.A is not None and affine.B is not None:
+        d = affine.scale * F.linear(F.linear(x, affine.A.to(x.dtype)), affine.B.to(x.dtype))
+    if affine.bias is not None:
+        d = d + (affine.bias if base_bias is None else affine.bias - base_bias).to(x.dtype)
+    return d
+
+
+def apply_columns(affine: Affine, ids: Tensor, weight: Weight) -> Tensor:
+    """The changed map at one-hot inputs, as an embedding looks up: ids [...] -> [..., out].
+
+    A row that is looked up twice gets the sum of both gradients.
+    """
+    y = weight.columns(ids)
+    if affine.in_gain is not None:
+        y = y * affine.in_gain[ids].unsqueeze(-1).to(y.dtype)
+    if affine.A is not None and affine.B is not None:
+        a = F.embedding(ids, affine.A.T).to(y.dtype)
+        y = y + affine.scale * (a @ affine.B.T.to(y.dtype))
+    if affine.out_gain is not None:
+        y = y * affine.out_gain.to(y.dtype)
+    return y if affine.bias is None else y + affine.bias.to(y.dtype)

@@ -1,0 +1,263 @@
+"""Adapters on disk: HF PEFT's layout, both ways, plus deltaw.json.
+
+    adapter_config.json        PEFT's settings
+    adapter_model.safetensors  tensors under PEFT's names
+    deltaw.json                our settings, the base's fingerprint, provenance, and the adapter's id
+
+Reading is strict: every tensor must be understood, nothing is guessed, a pickle is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter, Replacement
+from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec
+from deltaw.core.targets import ALL_LINEAR
+from deltaw.errors import AdapterError, DeltawError, NotFound
+from deltaw.methods import METHODS, spec_from
+from deltaw.store.files import whole_folder
+
+PREFIX = "base_model.model."
+CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
+    """Write `adapter` into `folder`, whole or not at all; an adapter that is there is replaced.
+
+    Raises AdapterError when `folder` holds something else, WorkFailed when the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise AdapterError(f"{folder} holds something that is not an adapter; choose another folder.")
+    if adapter.spec.peft_type is None:
+        raise AdapterError(f"Method {adapter.spec.name!r} has no adapter to save.")
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in to_peft_tensors(adapter).items()}
+    config = to_peft_config(adapter)
+    ours = {
+        "format": 1,
+        "id": adapter.id,
+        "spec": adapter.spec.model_dump(mode="json"),
+        "fingerprint": None if adapter.fingerprint is None else adapter.fingerprint.model_dump(),
+        "places": [asdict(p) for p in adapter.places],
+        "provenance": adapter.provenance,
+    }
+    with whole_folder(folder) as aside:
+        save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (aside / OURS).write_text(json.dumps(ours, indent=1, default=str) + "\n")
+        (aside / "README.md").write_text(_card(adapter, config))
+    return folder
+
+
+def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names."""
+    kinds = {p.name: "embedding" if p.kind == "embedding" else "linear" for p in adapter.places}
+    names = {(param, kind): key for key, (param, kind) in type(adapter.spec).peft_params().items()}
+    out: dict[str, Tensor] = {}
+    for site, params in adapter.sites.items():
+        for param, tensor in params.items():
+            if param == "bias":
+                out[f"{PREFIX}{site}.{'bias' if len(params) == 1 else 'base_layer.bias'}"] = tensor
+            else:
+                out[f"{PREFIX}{site}.{names[param, kinds[site]]}"] = tensor
+    for r in adapter.replaced:
+        if r.rows is None:
+            out[PREFIX + r.tensor] = r.value
+        else:
+            out[PREFIX + r.tensor.removesuffix(".weight") + _TOKENS] = r.value
+    return out
+
+
+def to_peft_config(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's adapter_config.json for `adapter`."""
+    spec = adapter.spec
+    targeted = [p for p in adapter.places if set(adapter.sites[p.name]) != {"bias"}]
+    tokens = {
+        r.tensor.removesuffix(".weight").rsplit(".", 1)[-1]: list(r.rows) for r in adapter.replaced if r.rows is not None
+    }
+    base = adapter.provenance.get("base") or (adapter.fingerprint.name if adapter.fingerprint else None)
+    return {
+        "peft_type": spec.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": _target_modules(spec, targeted),
+        "modules_to_save": list(spec.save_modules) or None,
+        **({"trainable_token_indices": tokens} if tokens else {}),
+        **spec.to_peft(targeted),
+    }
+
+
+def _target_modules(spec: MethodSpec, targeted: list[LinearSite]) -> list[str] | str:
+    """Short names where they say the same, else whole paths."""
+    if spec.exclude is None and spec.layers is None:
+        if isinstance(spec.targets, str) and spec.targets.lower() != ALL_LINEAR:
+            return spec.targets
+        return sorted({p.role for p in targeted}) if isinstance(spec.targets, str) else sorted(spec.targets)
+    return [p.name for p in targeted]
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder that holds an adapter: `path` itself, or the adapter inside a run's folder."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not path.exists():
+        raise NotFound(f"No adapter at {path}: there is no such folder.")
+    raise AdapterError(f"{path} holds no adapter: {CONFIG} is missing.")
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter that PEFT or deltaw saved.
+
+    Raises AdapterError: no safetensors (a pickle is refused by name), truncated or unknown tensors,
+    settings that we cannot represent, or bytes that are not those that were saved.
+    """
+    folder = adapter_folder(path)
+    config = _json(folder / CONFIG)
+    tensors = _tensors(folder)
+    ours = _json(folder / OURS) if (folder / OURS).is_file() else None
+    try:
+        spec = _spec(config, ours)
+        known = {p["name"]: LinearSite(**p) for p in ours["places"]} if ours else {}
+        print_ = ours.get("fingerprint") if ours else None
+        fingerprint = BaseFingerprint(**print_) if print_ else None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DeltawError):
+            raise
+        raise AdapterError(f"{folder / OURS} is not what deltaw writes: {error}") from None
+    sites, places, replaced = _understood(tensors, config, spec, known)
+    adapter = Adapter(
+        spec=spec,
+        sites=sites,
+        places=tuple(places[s] for s in sites),
+        replaced=tuple(replaced),
+        fingerprint=fingerprint,
+        provenance=ours.get("provenance", {}) if ours else {"base": config.get("base_model_name_or_path")},
+    )
+    if ours and adapter.id != ours.get("id"):
+        raise AdapterError(
+            f"{folder}: the adapter is not the one that was saved (its id is {adapter.id[:12]}, deltaw.json says "
+            f"{str(ours.get('id'))[:12]}). A file was changed or damaged; restore it, or delete deltaw.json to "
+            "read it as a foreign adapter."
+        )
+    return adapter
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds {type(value).__name__}, not an object.")
+    return value
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        if pickles:
+            raise AdapterError(
+                f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read: refused. "
+                f"Save it as {TENSORS} with PEFT (safe_serialization=True)."
+            )
+        raise AdapterError(f"{folder} has no {TENSORS}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise AdapterError(f"{path} ({size} bytes) is truncated or no safetensors file: {error}") from None
+
+
+def _spec(config: dict[str, Any], ours: dict[str, Any] | None) -> MethodSpec:
+    by_type = {m.peft_type: m for m in METHODS if m.peft_type}
+    kind = config.get("peft_type")
+    if kind not in by_type:
+        raise AdapterError(f"{CONFIG} says peft_type={kind!r}; known here: {', '.join(sorted(map(str, by_type)))}.")
+    if ours is None:
+        return by_type[kind].from_peft(config)
+    spec = spec_from(ours["spec"])
+    wanted = spec.to_peft([])
+    wanted.pop("fan_in_fan_out", None)
+    for key, value in wanted.items():
+        if key in config and config[key] != value:
+            raise AdapterError(
+                f"{CONFIG} and {OURS} disagree on {key}: {config[key]!r} and {value!r}. "
+                f"Undo the edit, or delete {OURS} to read it as a foreign adapter."
+            )
+    return spec
+
+
+def _understood(
+    tensors: dict[str, Tensor], config: dict[str, Any], spec: MethodSpec, known: dict[str, LinearSite]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, LinearSite], list[Replacement]]:
+    """Each tensor as a parameter at a site or a replacement; AdapterError lists what is neither."""
+    sites: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, str] = {}
+    replaced: list[Replacement] = []
+    unknown: list[str] = []
+    suffixes = type(spec).peft_params()
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        hit = next((s for s in suffixes if path.endswith("." + s)), None)
+        if not key.startswith(PREFIX):
+            unknown.append(key)
+        elif hit is not None:
+            site = path.removesuffix("." + hit)
+            param, kinds[site] = suffixes[hit]
+            sites.setdefault(site, {})[param] = tensor
+        elif path.endswith(".base_layer.bias"):
+            sites.setdefault(path.removesuffix(".base_layer.bias"), {})["bias"] = tensor
+        elif path.endswith(_TOKENS):
+            module = path.removesuffix(_TOKENS)
+            replaced.append(Replacement(module + ".weight", tensor, _token_rows(config, module)))
+        elif path.endswith(".bias") and path.removesuffix(".bias") in known:
+            sites.setdefault(path.removesuffix(".bias"), {})["bias"] = tensor
+        elif ".lora_" in path or ".ia3_" in path:
+            unknown.append(key)
+        else:
+            replaced.append(Replacement(path.replace(".base_layer.", "."), tensor))
+    if unknown:
+        shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+        raise AdapterError(f"{TENSORS} holds tensors that method {spec.name!r} does not have: {shown}.")
+    places = {s: known.get(s) or _place(s, params, kinds.get(s, "linear")) for s, params in sites.items()}
+    return sites, places, replaced
+
+
+def _place(name: str, params: dict[str, Tensor], kind: str) -> LinearSite:
+    n_in = params["A"].shape[-1] if "A" in params else 0
+    n_out = params["B"].shape[0] if "B" in params else params["bias"].shape[0] if "bias" in params else 0
+    return LinearSite(name, n_in, n_out, "embedding" if kind == "embedding" else "linear", "bias" in params)
+
+
+def _token_rows(config: dict[str, Any], module: str) -> tuple[int, ...]:
+    rows = config.get("trainable_token_indices")
+    if isinstance(rows, dict):
+        rows = next((v for k, v in rows.items() if module == k or module.endswith("." + k)), None)
+    if not isinstance(rows, list):
+        raise AdapterError(f"{CONFIG} does not say which rows of {module} its tensor holds.")
+    return tuple(rows)
+
+
+def _card(adapter: Adapter, config: dict[str, Any]) -> str:
+    base = config["base_model_name_or_path"] or "unknown"
+    head = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{adapter.spec.name}, deltaw]\n---\n\n"
+    print_ = adapter.fingerprint.short() if adapter.fingerprint else "unknown"
+    return (
+        head + f"# Adapter {adapter.id[:12]}\n\nMethod {adapter.spec.name}, {adapter.n_parameters:,} parameters, "
+        f"trained on {print_}. Load it with deltaw or HF PEFT.\n"
+    )

@@ -1,0 +1,145 @@
+"""Checkpoints: written whole or not at all, enough to go on bit for bit.
+
+    RUN/run.json               recipe, data hash, base, versions, machine: what makes it this run
+    RUN/metrics.jsonl          every event; cut back to the checkpoint's length on resume
+    RUN/checkpoints/000120/    state.safetensors (parameters, optimizer), state.json (step, best, counts)
+
+No random state is kept because none exists: the order of rows, dropout and fresh parameters are functions of
+(seed, epoch or step, place).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltaw.errors import RunError
+from deltaw.store.files import whole_folder, write_text
+
+KEEP = 2
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from deltaw import __version__
+
+    return {
+        "deltaw": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What bit-exact resume depends on: processor architecture, instruction set, threads."""
+    return {
+        "architecture": platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()),
+        "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; RunError when another one trains there. A killed process holds nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"Another process is training in {out}. Wait for it, or choose another --out.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> bool:
+    """Begin a run in `out`, or find that the same run is there. Returns whether it was there.
+
+    Raises RunError when `out` holds another run, or this one from another machine or other versions.
+    """
+    path = out / "run.json"
+    identity = json.loads(json.dumps(identity))
+    if not path.exists():
+        others = [p.name for p in out.iterdir() if p.name != ".lock" and not p.name.startswith(".run.json")]
+        if others:
+            raise RunError(f"{out} holds something that is not a run ({others[0]}). Choose another --out.")
+        write_text(path, json.dumps(identity, indent=1) + "\n")
+        return False
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Choose another --out.") from None
+    fixed = [k for k in identity if k not in ("versions", "machine") and there.get(k) != identity[k]]
+    if fixed:
+        raise RunError(
+            f"{out} holds another run: its {_what_differs(there, identity, fixed)}. Choose another --out, or remove it."
+        )
+    moved = [k for k in ("versions", "machine") if there.get(k) != identity[k]]
+    if moved and not allow_other_machine:
+        raise RunError(
+            f"{out} was begun elsewhere: its {_what_differs(there, identity, moved)}. It would not go on bit for bit; "
+            "pass --allow-other-machine to go on all the same."
+        )
+    return True
+
+
+def _what_differs(there: dict[str, Any], here: dict[str, Any], keys: list[str], most: int = 3) -> str:
+    found: list[str] = []
+
+    def walk(path: str, a: Any, b: Any) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted({*a, *b}):
+                walk(f"{path}.{key}", a.get(key), b.get(key))
+        elif a != b:
+            found.append(f"{path} is {a!r}, this one's is {b!r}")
+
+    for key in keys:
+        walk(key, there.get(key), here.get(key))
+    return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
+
+
+def save_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write checkpoint `step`, then drop all but the newest two. A kill leaves the older ones whole."""
+    target = out / "checkpoints" / f"{step:08d}"
+    with whole_folder(target) as aside:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(state))
+    kept = sorted(p for p in target.parent.iterdir() if not p.name.startswith("."))
+    for old in kept[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    for left in target.parent.glob(".*"):  # what a kill left half written
+        shutil.rmtree(left, ignore_errors=True)
+    return target
+
+
+def newest_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint's tensors and state, or None when there is none."""
+    folder = out / "checkpoints"
+    found = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if not found:
+        return None
+    try:
+        return load_file(found[-1] / "state.safetensors"), json.loads((found[-1] / "state.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(
+            f"Checkpoint {found[-1]} is damaged: {error}. Remove that folder to go on from the one before."
+        ) from None

@@ -1,0 +1,197 @@
+"""How good a model is at rows: exact, json, choice, perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.data.pack import collate, split_micro
+from deltaw.data.source import Row
+from deltaw.data.spec import DataSpec
+from deltaw.data.template import Example, encode_all, prompt_ids
+from deltaw.errors import DataError, RecipeError, near
+from deltaw.model.generate import generate
+from deltaw.model.model import Model
+
+METRICS = ("exact", "json", "choice", "perplexity")
+_TOKENS_AT_A_TIME = 4096
+
+
+def evaluate_rows(
+    model: Model,
+    rows: Sequence[Row],
+    metric: str,
+    spec: DataSpec,
+    *,
+    labels: list[str] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    predictions: bool = False,
+) -> dict[str, Any]:
+    """One metric over `rows`: {"metric", "value", "n", "seconds", ...}.
+
+    exact       share of rows whose greedy answer, stripped, is the completion, stripped
+    json        share whose answer parses to the same JSON value as the completion
+    choice      share whose completion is the most likely of `labels` (or of the row's own "choices"), by the
+                summed log-likelihood of the answer and its end token
+    perplexity  exp of the mean negative log-likelihood of target tokens
+
+    max_new_tokens  longest answer; None: the longest completion and 8 tokens
+    predictions     also return what was answered, under "predictions"; answers then run to their end, while
+                    otherwise one that can no longer become the completion is cut short
+
+    Raises RecipeError for an unknown metric, DataError for rows that it cannot judge.
+    """
+    if metric not in METRICS:
+        raise RecipeError(f"Unknown metric {metric!r}.{near(metric, METRICS)} Known: {', '.join(METRICS)}.")
+    began = time.perf_counter()
+    if metric == "perplexity":
+        result = _perplexity(model, rows, spec)
+    elif metric == "choice":
+        result = _choice(model, rows, spec, labels, predictions)
+    else:
+        result = _answers(model, rows, metric, spec, max_new_tokens, batch_size, predictions)
+    return {"metric": metric, **result, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def read_labels(path: str | Path) -> list[str]:
+    """The labels of a classification, from a JSON file that holds a list of distinct strings."""
+    try:
+        labels = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
+        raise DataError(f"{path} must hold a list of at least two strings.")
+    if len(set(labels)) != len(labels):
+        raise DataError(f"{path} holds a label twice.")
+    return labels
+
+
+def completion_of(row: Row) -> str:
+    """What a row's answer should be: its completion, or the first turn of the assistant."""
+    if row.completion is not None:
+        return row.completion
+    for message in row.messages or []:
+        if message.get("role") == "assistant":
+            return str(message["content"])
+    raise DataError(f"{row.where}: no completion to compare an answer with.")
+
+
+def _answers(
+    model: Model,
+    rows: Sequence[Row],
+    metric: str,
+    spec: DataSpec,
+    max_new_tokens: int | None,
+    batch_size: int,
+    predictions: bool,
+) -> dict[str, Any]:
+    wanted = [completion_of(row).strip() for row in rows]
+    if metric == "json":
+        for row, text in zip(rows, wanted, strict=True):
+            if _parsed(text) is None:
+                raise DataError(f"{row.where}: the completion is no JSON: {text[:60]!r}. Use --metric exact.")
+    tokenizer = model.tokenizer
+    prompts = [prompt_ids(row, tokenizer, spec) for row in rows]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
+    most = max_new_tokens or max(lengths) + 8
+    hopeless: Callable[[int, list[int]], bool] | None = None
+    if metric == "exact" and not predictions:
+
+        def hopeless(i: int, tokens: list[int]) -> bool:
+            so_far = tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+            if so_far.endswith("�"):  # a character that is not complete yet
+                return False
+            return not (wanted[i].startswith(so_far) or so_far.rstrip() == wanted[i])
+
+    answers = generate(model, prompts, most, batch_size=batch_size, give_up=hopeless)
+    texts = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
+    right = [
+        text == want if metric == "exact" else _parsed(text) == _parsed(want)
+        for text, want in zip(texts, wanted, strict=True)
+    ]
+    result: dict[str, Any] = {"value": sum(right) / len(rows), "n": len(rows)}
+    if predictions:
+        result["predictions"] = [
+            {"where": row.where, "answer": text, "wanted": want, "right": ok}
+            for row, text, want, ok in zip(rows, texts, wanted, right, strict=True)
+        ]
+    return result
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value of `text` in a box, so that null is a value; None when it is no JSON."""
+    try:
+        return [json.loads(text)]
+    except ValueError:
+        return None
+
+
+@torch.no_grad()
+def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
+    """The summed log-likelihood of each example's target tokens."""
+    lengths = [len(e.input_ids) for e in examples]
+    sums = [0.0] * len(examples)
+    for micro in split_micro(range(len(examples)), lengths, _TOKENS_AT_A_TIME):
+        chosen = [examples[i] for i in micro]
+        batch = collate(chosen)
+        for part, logits in _by_rows(model.pack_logits(batch)):
+            scores = logits.float().log_softmax(-1).gather(1, batch.target_ids[part, None]).squeeze(1)
+            owner = torch.searchsorted(batch.bounds, batch.predict_at[part], right=True) - 1
+            for doc, score in zip(owner.tolist(), scores.double().tolist(), strict=True):
+                sums[micro[doc]] += score
+    return sums
+
+
+def _by_rows(logits: torch.Tensor, rows: int = 256) -> list[tuple[slice, torch.Tensor]]:
+    return [(slice(s, s + rows), logits[s : s + rows]) for s in range(0, logits.shape[0], rows)]
+
+
+def _perplexity(model: Model, rows: Sequence[Row], spec: DataSpec) -> dict[str, Any]:
+    encoded = encode_all(rows, model.tokenizer, spec)
+    total = sum(log_likelihoods(model, encoded.examples))
+    return {
+        "value": math.exp(-total / encoded.n_targets),
+        "n": len(encoded.examples),
+        "target_tokens": encoded.n_targets,
+        "rows_cut": encoded.n_cut,
+    }
+
+
+def _choice(
+    model: Model, rows: Sequence[Row], spec: DataSpec, labels: list[str] | None, predictions: bool
+) -> dict[str, Any]:
+    candidates: list[Row] = []
+    spans: list[tuple[int, list[str], int]] = []
+    for row in rows:
+        options = labels if labels is not None else getattr(row, "choices", None)
+        if not options:
+            raise DataError(f"{row.where}: metric 'choice' needs --labels, or a list under \"choices\" in each row.")
+        if row.prompt is None or row.completion is None:
+            raise DataError(f"{row.where}: metric 'choice' needs prompt/completion rows.")
+        if row.completion.strip() not in [o.strip() for o in options]:
+            raise DataError(f"{row.where}: completion {row.completion!r} is none of the labels {options[:8]}.")
+        answer = [o.strip() for o in options].index(row.completion.strip())
+        spans.append((len(candidates), list(options), answer))
+        candidates += [replace(row, completion=option) for option in options]
+    examples = encode_all(candidates, model.tokenizer, spec.model_copy(update={"too_long": "error"})).examples
+    scores = log_likelihoods(model, examples)
+    picked = []
+    for start, options, _ in spans:
+        part = scores[start : start + len(options)]
+        picked.append(part.index(max(part)))
+    right = [p == answer for p, (_, _, answer) in zip(picked, spans, strict=True)]
+    result: dict[str, Any] = {"value": sum(right) / len(rows), "n": len(rows)}
+    if predictions:
+        result["predictions"] = [
+            {"where": row.where, "answer": options[p], "wanted": options[answer], "right": p == answer}
+            for row, p, (_, options, answer) in zip(rows, picked, spans, strict=True)
+        ]
+    return result

@@ -1,0 +1,273 @@
+"""A run as data: base, adapter, data, training, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from deltaw.core.spec import MethodSpec
+from deltaw.data.spec import DataSpec
+from deltaw.errors import RecipeError, near
+from deltaw.methods import spec_from
+
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseSpec(BaseModel):
+    """The base: where it is, how its weights are kept, and the dtype it computes in."""
+
+    model_config = _STRICT
+
+    path: str
+    format: str = "dense"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+
+
+class OptimizerSpec(BaseModel):
+    """AdamW's settings. `lora_plus_ratio`: B's learning rate over A's (LoRA+, arXiv:2402.12354; 16 there)."""
+
+    model_config = _STRICT
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    lora_plus_ratio: float = 1.0
+
+
+class TrainSpec(BaseModel):
+    """How long, how fast, and in what portions.
+
+    epochs or steps   length of the run (steps wins); an epoch is every row once
+    tokens_per_step   tokens of one optimizer step; documents are packed up to it, none is split
+    micro_tokens      tokens computed at a time (bounds memory, does not change the result); None: all at once
+    schedule          of the learning rate after warm-up: cosine or linear to `final_lr_ratio`, or constant
+    clip              largest norm of the whole gradient; 0 switches it off
+    checkpointing     recompute activations in the backward instead of keeping them
+    save_every_s      seconds between checkpoints (0: after each step)
+    """
+
+    model_config = _STRICT
+
+    epochs: float = 1
+    steps: int | None = None
+    tokens_per_step: int = 2048
+    micro_tokens: int | None = None
+    lr: float = 5e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    final_lr_ratio: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    loss: str = "sft"
+    optimizer: OptimizerSpec = OptimizerSpec()
+    checkpointing: bool = False
+    save_every_s: float = 60.0
+    threads: int | None = None
+    tensorboard: bool = False
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _name_alone_is_enough(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _numbers_make_sense(self) -> TrainSpec:
+        positive = {
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "micro_tokens": self.micro_tokens,
+            "lr": self.lr,
+            "threads": self.threads,
+            "optimizer.lora_plus_ratio": self.optimizer.lora_plus_ratio,
+        }
+        for key, value in positive.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{key} must be a finite number above 0, not {value}")
+        if not (math.isfinite(self.clip) and self.clip >= 0):
+            raise ValueError(f"clip must be 0 or above, not {self.clip}")
+        for key in ("warmup_ratio", "final_lr_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be between 0 and 1, not {getattr(self, key)}")
+        return self
+
+
+class EvalSpec(BaseModel):
+    """Evaluation on the validation rows while training.
+
+    every_steps   optimizer steps between evaluations; None: at the end of each epoch
+    metric        what "best" means: "loss", or a task metric
+    keep          which adapter the run leaves: the best seen, or the last
+    patience      evaluations without a better value before the run stops early; None: never
+    limit         validation rows used for a task metric; None: all
+    labels        file with the list of labels for metric "choice"
+    max_new_tokens  longest answer that a task metric generates; None: the longest completion and a little more
+    """
+
+    model_config = _STRICT
+
+    every_steps: int | None = None
+    metric: Literal["loss", "exact", "json", "choice", "perplexity"] = "loss"
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = None
+    limit: int | None = None
+    labels: str | None = None
+    max_new_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _counts_are_positive(self) -> EvalSpec:
+        for key in ("every_steps", "patience", "limit", "max_new_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, not {value}")
+        if self.metric == "choice" and not self.labels:
+            raise ValueError("metric 'choice' needs `labels`, a JSON file with the list of labels")
+        return self
+
+
+class Recipe(BaseModel):
+    """A whole run. `adapter` holds a method's settings: {method: lora, rank: 16, ...}."""
+
+    model_config = _STRICT
+
+    base: BaseSpec
+    adapter: MethodSpec
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    eval: EvalSpec = EvalSpec()
+    budget: dict[str, float] | None = None
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _path_alone_is_enough(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _settings_become_a_spec(cls, value: Any) -> Any:
+        return spec_from(value) if isinstance(value, dict) else value
+
+    @field_validator("budget")
+    @classmethod
+    def _no_planner_yet(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("a memory budget needs the planner, which does not exist yet; remove `budget`")
+        return value
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as plain data; `load_recipe` reads it back to an equal recipe."""
+        return {**self.model_dump(mode="json"), "adapter": self.adapter.model_dump(mode="json")}
+
+
+def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file (or plain data), with overrides like "train.lr=1e-3".
+
+    Paths of data are taken from the recipe's folder when they exist there, else from the working folder.
+
+    Raises RecipeError for unknown keys (with the near name), bad values, a file that is missing or no YAML.
+    """
+    if isinstance(source, Recipe):
+        return source if not overrides else load_recipe(source.plain(), overrides)
+    folder = None
+    if isinstance(source, dict):
+        plain, name = json.loads(json.dumps(source)), "recipe"
+    else:
+        plain, folder, name = _read(Path(source)), Path(source).parent, str(source)
+    for override in overrides:
+        _override(plain, override)
+    try:
+        recipe = Recipe(**plain)
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {_explain(error)}") from None
+    except TypeError as error:
+        raise RecipeError(f"{name}: keys must be words: {error}") from None
+    return recipe if folder is None else _with_paths(recipe, folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"No recipe at {path}.")
+    try:
+        plain = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict):
+        raise RecipeError(f"{path} holds {'nothing' if plain is None else type(plain).__name__}, not a recipe.")
+    return plain
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _override(plain: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r} is no override; write key=value, as in train.lr=1e-3.")
+    *path, last = key.split(".")
+    place = plain
+    for part in path:
+        inner = place.get(part)
+        if inner is None:
+            inner = place[part] = {}
+        elif isinstance(inner, str) and part == "base":
+            inner = place[part] = {"path": inner}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{override!r}: {part!r} holds {inner!r}, not settings.")
+        place = inner
+    try:
+        place[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "base": BaseSpec,
+    "data": DataSpec,
+    "train": TrainSpec,
+    "train.optimizer": OptimizerSpec,
+    "eval": EvalSpec,
+}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        *path, key = [str(part) for part in item["loc"]] or [""]
+        where = ".".join([*path, key])
+        if item["type"] == "extra_forbidden":
+            section = _SECTIONS.get(".".join(path), Recipe)
+            known = section.model_fields
+            lines.append(f"unknown key {where!r}.{near(key, known)} Known there: {', '.join(known)}.")
+        elif item["type"] == "missing":
+            lines.append(f"{where!r} is missing.")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r}).")
+    return " ".join(lines)
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def found(path: str | None) -> str | None:
+        beside = folder / path if path and ":" not in path[:3] else None
+        return str(beside) if beside is not None and beside.exists() else path
+
+    data = recipe.data.model_copy(update={"train": found(recipe.data.train), "valid": found(recipe.data.valid)})
+    evaluation = recipe.eval.model_copy(update={"labels": found(recipe.eval.labels)})
+    base_path = folder / recipe.base.path
+    base = recipe.base.model_copy(update={"path": str(base_path)}) if base_path.exists() else recipe.base
+    return recipe.model_copy(update={"data": data, "eval": evaluation, "base": base})

@@ -1,0 +1,239 @@
+"""A run from a recipe to a saved adapter, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.data.source import Row, data_hash, read_rows
+from deltaw.data.template import Encoded, encode_all
+from deltaw.errors import RecipeError
+from deltaw.model.base import best_dtype, load_base
+from deltaw.model.model import Model
+from deltaw.store.files import space_explained, whole_folder, write_text
+from deltaw.store.peft import write_adapter
+from deltaw.train.checkpoint import locked, machine, newest_checkpoint, open_run, save_checkpoint, versions
+from deltaw.train.evaluate import evaluate_rows
+from deltaw.train.events import Done, Eval, Event, Saved, Start
+from deltaw.train.loop import Evaluate, Loop, peak_rss_mb
+from deltaw.train.loss import find_loss
+from deltaw.train.recipe import Recipe, load_recipe
+from deltaw.train.sinks import MetricsFile, TensorBoard
+from deltaw.train.step import mean_loss
+
+Rows = str | Path | Iterable[Mapping[str, Any]]
+
+
+def train(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    train_rows: Rows | None = None,
+    valid_rows: Rows | None = None,
+    allow_other_machine: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[Event]:
+    """Train what `recipe` says, yielding events; the last is Done.
+
+    out                  the run's folder, "runs/<recipe's name>" by default. The same recipe and data in the
+                         same folder go on where they stopped, bit for bit; another run there is refused
+    overrides            "key=value" settings on top of the recipe
+    train_rows           rows in memory (or a path) instead of data.train; valid_rows likewise
+    allow_other_machine  go on although machine, threads or versions differ from when the run began
+
+    Raises RecipeError, DataError, RunError, ... for bad input, WorkFailed when the loss is not finite or the
+    disk is full. Nothing runs before the first event is asked for.
+    """
+    loaded = load_recipe(recipe, list(overrides))
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
+    folder = Path(out) if out is not None else Path("runs") / name
+    if loaded.train.threads:
+        torch.set_num_threads(loaded.train.threads)
+    rows = _rows(train_rows if train_rows is not None else loaded.data.train, "data.train")
+    valid_source = valid_rows if valid_rows is not None else loaded.data.valid
+    valid = _rows(valid_source, "data.valid") if valid_source is not None else None
+    labels = _labels(loaded)
+    if loaded.adapter.trains_base and loaded.base.dtype not in ("auto", "float32", "float64"):
+        raise RecipeError(
+            f"base.dtype is {loaded.base.dtype}, and method 'full' trains the base's own weights: small updates "
+            "would be rounded away. Use base.dtype=float32."
+        )
+    with locked(folder):
+        yield from _train(loaded, folder, rows, valid, labels, allow_other_machine, say)
+
+
+def _rows(source: Rows | None, what: str) -> list[Row]:
+    if source is None:
+        raise RecipeError(f"{what} is missing: name a file of rows, or pass rows in memory.")
+    return read_rows(source)
+
+
+def _labels(recipe: Recipe) -> list[str] | None:
+    from deltaw.train.evaluate import read_labels
+
+    return read_labels(recipe.eval.labels) if recipe.eval.labels else None
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    rows: list[Row],
+    valid: list[Row] | None,
+    labels: list[str] | None,
+    allow_other_machine: bool,
+    say: Callable[[str], None] | None,
+) -> Iterator[Event]:
+    dtype = best_dtype(recipe.adapter.trains_base) if recipe.base.dtype == "auto" else recipe.base.dtype
+    model = load_base(recipe.base.path, recipe.base.format, dtype, say=say)
+    identity = {
+        "recipe": recipe.plain(),
+        "data": data_hash(rows),
+        "valid": data_hash(valid) if valid is not None else None,
+        "base": None if model.fingerprint is None else model.fingerprint.model_dump(),
+        "dtype": dtype,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    was_there = open_run(out, identity, allow_other_machine)
+    finished = out / "done.json"
+    if was_there and finished.exists():
+        yield Done(**json.loads(finished.read_text()))
+        return
+    model.attach(recipe.adapter, seed=recipe.train.seed)
+    encoded = encode_all(rows, model.tokenizer, recipe.data)
+    evaluate = _evaluation(model, recipe, valid, labels)
+    loop = Loop(model, encoded.examples, recipe, evaluate)
+    keep_bytes = 0
+    if was_there and (found := newest_checkpoint(out)) is not None:
+        tensors, state = found
+        keep_bytes = int(state.pop("metrics_bytes"))
+        loop.restore(tensors, state)
+    sinks: list[Any] = [metrics := MetricsFile(out / "metrics.jsonl", keep_bytes)]
+    if recipe.train.tensorboard:
+        sinks.append(TensorBoard(out / "tensorboard", loop.progress.step))
+    try:
+        for event in _events(loop, encoded, identity, out, metrics):
+            if not isinstance(event, Saved):
+                for sink in sinks:
+                    sink.write(event)
+            yield event
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: list[str] | None) -> Evaluate | None:
+    """What an evaluation computes: (value of the metric, loss)."""
+    spec = recipe.eval
+    if valid is None:
+        if spec.every_steps or spec.patience or spec.metric != "loss":
+            raise RecipeError("eval: data.valid is missing, so there is nothing to evaluate on.")
+        return None
+    loss_of = find_loss(recipe.train.loss)
+    examples = encode_all(valid, model.tokenizer, recipe.data).examples
+
+    def evaluate() -> tuple[float, float | None]:
+        loss = mean_loss(model, examples, loss_of)
+        if spec.metric == "loss":
+            return loss, loss
+        rows = valid[: spec.limit] if spec.limit else valid
+        result = evaluate_rows(
+            model, rows, spec.metric, recipe.data, labels=labels, max_new_tokens=spec.max_new_tokens
+        )
+        return result["value"], loss
+
+    return evaluate
+
+
+def _events(
+    loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, metrics: MetricsFile
+) -> Iterator[Event]:
+    progress, recipe = loop.progress, loop.recipe
+    model = loop.model
+    yield Start(
+        n_steps=loop.schedule.n_steps,
+        first_step=progress.step,
+        rows=encoded.n_rows,
+        rows_cut=encoded.n_cut,
+        rows_skipped=encoded.n_skipped,
+        tokens_per_epoch=encoded.n_tokens,
+        target_tokens_per_epoch=encoded.n_targets,
+        parameters=sum(t.numel() for t in loop.parameters.values()),
+        base=recipe.base.path if model.fingerprint is None else model.fingerprint.short(),
+        dtype=identity["dtype"],
+        out=str(out),
+    )
+    saved_at = time.perf_counter()
+    for event in loop.run():
+        yield event
+        is_best = isinstance(event, Eval) and event.is_best
+        if is_best and recipe.eval.keep == "best":
+            _save_result(loop, identity, out)
+        settled = isinstance(event, Eval) or not loop.eval_due()  # never between a step and its evaluation
+        if is_best or (settled and time.perf_counter() - saved_at >= recipe.train.save_every_s):
+            state = asdict(progress) | {"metrics_bytes": metrics.position()}
+            yield Saved(progress.step, str(save_checkpoint(out, progress.step, loop.state(), state)))
+            saved_at = time.perf_counter()
+    if recipe.eval.keep == "last" or progress.best is None:
+        _save_result(loop, identity, out)
+    elif not recipe.adapter.trains_base:
+        write_adapter(model.adapter(**_provenance(loop, identity)), out / "last")
+    done = _done(loop, out)
+    write_text(out / "done.json", json.dumps(asdict(done)))
+    yield done
+
+
+def _provenance(loop: Loop, identity: dict[str, Any]) -> dict[str, Any]:
+    p = loop.progress
+    return {
+        "base": loop.recipe.base.path,
+        "recipe": identity["recipe"],
+        "data_hash": identity["data"],
+        "dtype": identity["dtype"],
+        "seed": loop.recipe.train.seed,
+        "versions": identity["versions"],
+        "machine": identity["machine"],
+        "metrics": {"step": p.step, "train_loss": p.loss, f"valid_{loop.recipe.eval.metric}": p.best},
+        "tokens": p.tokens,
+        "target_tokens": p.target_tokens,
+    }
+
+
+def _save_result(loop: Loop, identity: dict[str, Any], out: Path) -> None:
+    """The present state as RUN/adapter, or as a whole model in RUN/model for full fine-tuning."""
+    model = loop.model
+    if not loop.recipe.adapter.trains_base:
+        write_adapter(model.adapter(**_provenance(loop, identity)), out / "adapter")
+        return
+    with space_explained("the model", out), whole_folder(out / "model") as aside:
+        model.net.save_pretrained(aside)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(aside)
+
+
+def _done(loop: Loop, out: Path) -> Done:
+    p = loop.progress
+    full = loop.recipe.adapter.trains_base
+    return Done(
+        adapter=None if full else str(out / "adapter"),
+        model=str(out / "model") if full else None,
+        seconds=round(p.loop_s, 3),
+        target_tokens=p.target_tokens,
+        tokens=p.tokens,
+        tokens_per_s=round(p.tokens / p.loop_s, 1) if p.loop_s else 0.0,
+        peak_rss_mb=peak_rss_mb(),
+        steps=p.step,
+        loss=p.loss,
+        best=p.best,
+        metric=loop.recipe.eval.metric,
+        stopped_early=p.stopped_early,
+    )
+
+

@@ -1,0 +1,79 @@
+"""One optimizer step's gradient, and the loss of rows without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deltaw.data.pack import collate, split_micro
+from deltaw.data.template import Example
+from deltaw.model.attention import packed_attention
+from deltaw.model.model import Model
+from deltaw.train.loss import Loss
+
+
+@contextmanager
+def recomputed_blocks(net: nn.Module) -> Iterator[None]:
+    """Inside, every block of `net` keeps only its input and is computed again in the backward."""
+    blocks = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def step_gradient(
+    model: Model,
+    examples: Sequence[Example],
+    loss: Loss,
+    *,
+    micro_tokens: int | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> tuple[float, int, int]:
+    """Add one step's gradient to the trainable parameters: (mean loss, tokens, target tokens).
+
+    The sum over target tokens of all micro-batches is divided by their number in the whole step, so the
+    result does not depend on how the step is split. `seed` seeds dropout.
+    """
+    lengths = [len(e.input_ids) for e in examples]
+    n_targets = sum(sum(e.is_target) for e in examples)
+    total, n_tokens = 0.0, 0
+    try:
+        for number, micro in enumerate(split_micro(range(len(examples)), lengths, micro_tokens)):
+            batch = collate([examples[i] for i in micro])
+            model.run.seed = seed * 4096 + number
+            with packed_attention(model.net):
+                if checkpointing:
+                    with recomputed_blocks(model.net):
+                        part = loss(model, batch) / n_targets
+                        part.backward()
+                else:
+                    part = loss(model, batch) / n_targets
+                    part.backward()
+            total += float(part.detach())
+            n_tokens += batch.n_tokens
+    finally:
+        model.run.seed = None
+    return total, n_tokens, n_targets
+
+
+@torch.no_grad()
+def mean_loss(model: Model, examples: Sequence[Example], loss: Loss, tokens_at_a_time: int = 4096) -> float:
+    """Mean loss over the target tokens of `examples`."""
+    lengths = [len(e.input_ids) for e in examples]
+    total, n_targets = 0.0, 0
+    for micro in split_micro(range(len(examples)), lengths, tokens_at_a_time):
+        batch = collate([examples[i] for i in micro])
+        total += float(loss(model, batch))
+        n_targets += batch.n_targets
+    return total / n_targets
