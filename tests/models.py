@@ -153,3 +153,25 @@ def make_batch(documents: list[Tensor], predict: list[list[int]] | None = None) 
         predict_at=predict_at,
         target_ids=ids[predict_at + 1],
     )
+
+
+def dense_logits(kind_net: PreTrainedModel, model: Model, weights: dict[str, float], ids: Tensor) -> Tensor:
+    """Logits of the base `kind_net` (another copy of model's) with the weighted sum of dense changes written in."""
+    tensors = {n: t.detach().double() for n, t in kind_net.named_parameters(remove_duplicate=False)}
+    base = dict(tensors)
+    for name, weight in weights.items():
+        made = model.adapters[name]
+        for site, params in made.sites.items():
+            place = model.places.sites[site]
+            if "A" in params:
+                change = made.spec.scale_at(place) * params["B"].detach().double() @ params["A"].detach().double()
+                key = f"{site}.weight"
+                tensors[key] = tensors[key] + weight * (change if place.kind == "linear" else change.T)
+            if "bias" in params:
+                key = f"{site}.bias"
+                tensors[key] = tensors[key] + weight * (params["bias"].detach().double() - base[key])
+        for key, value in made.swaps.items():
+            tensors[key] = tensors[key] + weight * (value.detach().double() - base[key])
+    single = {n: t.float() for n, t in tensors.items()}
+    out = torch.func.functional_call(kind_net, single, (ids,), {"use_cache": False}, tie_weights=False)
+    return out.logits.detach()

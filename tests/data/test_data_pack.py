@@ -50,18 +50,13 @@ def test_every_target_of_an_epoch_is_predicted_once_from_its_own_document(bpe):
     encoded = encode_all(read_rows(shipped("address_json", "valid")), bpe, DataSpec(max_tokens=90))
     assert encoded.n_cut > 0
     expected = sorted(
-        (index, i)
-        for index, one in enumerate(encoded.examples)
-        for i, flag in enumerate(one.is_target)
-        if flag
+        (index, i) for index, one in enumerate(encoded.examples) for i, flag in enumerate(one.is_target) if flag
     )
     seen = []
     for step in plan_epoch(encoded.lengths, 400, seed=3, epoch=1):
         for micro in split_micro(step, encoded.lengths, 200):
             batch = collate([encoded.examples[index] for index in micro])
-            assert batch.bounds.tolist() == [
-                sum(encoded.lengths[j] for j in micro[:d]) for d in range(len(micro) + 1)
-            ]
+            assert batch.bounds.tolist() == [sum(encoded.lengths[j] for j in micro[:d]) for d in range(len(micro) + 1)]
             for at, target in zip(batch.predict_at.tolist(), batch.target_ids.tolist(), strict=True):
                 d = int(torch.searchsorted(batch.bounds, at, right=True)) - 1
                 i = at + 1 - int(batch.bounds[d])
@@ -110,9 +105,7 @@ def test_a_plan_depends_on_seed_and_epoch_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
     assert plan_epoch(lengths, 20, seed=0, epoch=0) == first
-    others = [
-        plan_epoch(lengths, 20, seed=seed, epoch=epoch) for seed, epoch in ((0, 1), (1, 0), (1, 1), (-1, 0))
-    ]
+    others = [plan_epoch(lengths, 20, seed=seed, epoch=epoch) for seed, epoch in ((0, 1), (1, 0), (1, 1), (-1, 0))]
     assert all(plan != first for plan in others)
     assert others[0] != others[1]  # seed 0 in epoch 1 is not seed 1 in epoch 0
 

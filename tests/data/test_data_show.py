@@ -18,9 +18,7 @@ from deltaw.errors import DataError
 
 def of_lengths(*lengths: int) -> Encoded:
     examples = [Example((1,) * n, (False,) * n, "rows line 1") for n in lengths]
-    return Encoded(
-        examples, n_rows=len(lengths) + 2, n_cut=1, n_skipped=2, n_tokens=sum(lengths), n_targets=5
-    )
+    return Encoded(examples, n_rows=len(lengths) + 2, n_cut=1, n_skipped=2, n_tokens=sum(lengths), n_targets=5)
 
 
 def test_statistics_of_ten_lengths():
@@ -39,9 +37,14 @@ def test_statistics_of_ten_lengths():
 
 
 def test_statistics_of_one_length():
-    assert [
-        length_statistics(of_lengths(4))[key] for key in ("n", "min", "median", "p90", "max", "mean")
-    ] == [1, 4, 4, 4, 4, 4]
+    assert [length_statistics(of_lengths(4))[key] for key in ("n", "min", "median", "p90", "max", "mean")] == [
+        1,
+        4,
+        4,
+        4,
+        4,
+        4,
+    ]
 
 
 def test_marked_pieces_join_to_the_whole_text(words):
@@ -84,26 +87,20 @@ def recipe(monkeypatch, tmp_path, words):
 
     def load_recipe(name, overrides):
         asked.append((name, overrides))
-        return types.SimpleNamespace(
-            base=types.SimpleNamespace(path="starter"), data=DataSpec(train=str(path))
-        )
+        return types.SimpleNamespace(base=types.SimpleNamespace(path="starter"), data=DataSpec(train=str(path)))
 
     def load_tokenizer(name):
         asked.append(name)
         return words
 
     monkeypatch.setitem(sys.modules, "deltaw.train.recipe", types.SimpleNamespace(load_recipe=load_recipe))
-    monkeypatch.setitem(
-        sys.modules, "deltaw.model.load", types.SimpleNamespace(load_tokenizer=load_tokenizer)
-    )
+    monkeypatch.setitem(sys.modules, "deltaw.model.load", types.SimpleNamespace(load_tokenizer=load_tokenizer))
     return path, asked
 
 
 def test_show_marks_targets_without_colour(recipe):
     path, asked = recipe
-    result = CliRunner().invoke(
-        app, ["show", "r.yaml", "data.max_tokens=9", "--limit", "2"], catch_exceptions=False
-    )
+    result = CliRunner().invoke(app, ["show", "r.yaml", "data.max_tokens=9", "--limit", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     assert asked == [("r.yaml", ["data.max_tokens=9"]), "starter"]
     assert f"{path} line 1 (4 tokens, 2 targets)" in result.stdout

@@ -161,9 +161,7 @@ def test_a_trailing_space_that_trimming_leaves_out_still_counts():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {
-        letter: i for i, letter in enumerate([*"ab", "\u010a", "\u0120", "\u010a\u0120", "\u0120b", "</s>"])
-    }
+    vocab = {letter: i for i, letter in enumerate([*"ab", "\u010a", "\u0120", "\u010a\u0120", "\u0120b", "</s>"])}
     backend = Tokenizer(models.BPE(vocab, merges=[("\u010a", "\u0120"), ("\u0120", "b")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -185,9 +183,7 @@ def test_the_prompt_of_a_generation_is_the_training_prefix(bpe):
         first = example.is_target.index(True)
         assert tuple(prompt_ids(one, bpe, PLAIN)) == example.input_ids[:first]
         # and a prompt alone, of which no completion is known, begins the same way
-        assert prompt_ids(Row(prompt=one.prompt, completion=""), bpe, PLAIN) == list(
-            example.input_ids[:first]
-        )
+        assert prompt_ids(Row(prompt=one.prompt, completion=""), bpe, PLAIN) == list(example.input_ids[:first])
 
 
 def test_a_prompt_is_never_cut_for_generation(words):
@@ -206,9 +202,7 @@ def test_generation_from_nothing_is_refused_and_not_begun_with_the_answer(words)
 
 def test_a_long_row_is_cut_to_its_first_tokens_and_counted(words):
     encoded = encode_all([row(), row("Q:")], words, DataSpec(max_tokens=4))
-    assert encoded.examples[0] == Example(
-        (3, 4, 5, 9), (False, False, False, True), "train.jsonl line 412", True
-    )
+    assert encoded.examples[0] == Example((3, 4, 5, 9), (False, False, False, True), "train.jsonl line 412", True)
     assert [example.was_cut for example in encoded.examples] == [True, False]
     assert (encoded.n_rows, encoded.n_cut, encoded.n_skipped) == (2, 1, 0)
     assert (encoded.lengths, encoded.n_tokens, encoded.n_targets) == ([4, 3], 7, 3)
@@ -232,12 +226,9 @@ def test_a_long_row_is_refused_where_the_recipe_says_so(words):
 
 
 def test_all_rows_too_long_are_refused_with_the_numbers(words):
-    message = refusal(
-        encode_all, [row(), row("Q: one two three")], words, DataSpec(max_tokens=4, too_long="skip")
-    )
+    message = refusal(encode_all, [row(), row("Q: one two three")], words, DataSpec(max_tokens=4, too_long="skip"))
     assert message.startswith(
-        "no row of train.jsonl is left: all 2 are longer than max_tokens 4 "
-        "(the shortest has 5 tokens, the longest 6)."
+        "no row of train.jsonl is left: all 2 are longer than max_tokens 4 (the shortest has 5 tokens, the longest 6)."
     )
     assert "data.max_tokens=6" in message
 
@@ -264,9 +255,7 @@ def test_a_row_without_targets_is_refused_with_its_place(words, bad, spec, reaso
 
 def test_an_end_that_the_tokenizer_lacks_is_refused():
     message = refusal(encode, row(), make_words(eos=None), PLAIN)
-    assert message.startswith(
-        "train.jsonl line 412: an end token is to be appended, and this tokenizer has none"
-    )
+    assert message.startswith("train.jsonl line 412: an end token is to be appended, and this tokenizer has none")
     assert encode(row(), make_words(eos=None), DataSpec(append_end=False)).input_ids == (3, 4, 5, 9)
 
 
@@ -274,9 +263,7 @@ def test_a_tokenizer_without_offsets_is_refused():
     class Slow:
         is_fast = False
 
-    assert "the tokenizer Slow cannot say which characters a token holds" in refusal(
-        encode, row(), Slow(), PLAIN
-    )
+    assert "the tokenizer Slow cannot say which characters a token holds" in refusal(encode, row(), Slow(), PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,7 @@ def show(
             }
             for example, pieces in shown
         ]
-        typer.echo(
-            json.dumps({"split": split, "source": source, "rows": described, "statistics": statistics})
-        )
+        typer.echo(json.dumps({"split": split, "source": source, "rows": described, "statistics": statistics}))
         return
     console = Console()
     for example, pieces in shown:
@@ -81,7 +79,5 @@ def _table(source: str, statistics: dict[str, int | float]) -> Table:
     table = Table(title=Text(f"{source}: tokens a row"), title_justify="left")
     for name in statistics:
         table.add_column(name, justify="right")
-    table.add_row(
-        *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in statistics.values())
-    )
+    table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in statistics.values()))
     return table

@@ -255,9 +255,7 @@ def _hash_files(files: Iterable[Path], *, tied: bool) -> tuple[str, int, str]:
 
 def _hash_tensors(tensors: Iterable[Tensor], *, tied: bool) -> tuple[str, int]:
     """The digest of hash_checkpoint, and the number of parameters in it."""
-    named = [
-        (_canonical_name(name), shape, data) for name, _, shape, data in tensors if not _is_mask(name, shape)
-    ]
+    named = [(_canonical_name(name), shape, data) for name, _, shape, data in tensors if not _is_mask(name, shape)]
     named.sort(key=lambda item: item[:2])
     # hashlib lets go of the GIL on big buffers, so threads share the work
     with ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as pool:

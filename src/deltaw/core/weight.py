@@ -19,8 +19,11 @@ class Weight(Protocol):
     out_features: int
     dtype: torch.dtype  # the dtype in which it computes
 
-    def mul(self, x: Tensor) -> Tensor:
-        """x W^T: [..., in] -> [..., out]. Differentiable in x; W never gets a gradient."""
+    def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias: [..., in] -> [..., out]. Differentiable in x and bias; W never gets a gradient.
+
+        The sum is rounded as the base's own layer rounds it, so that a zero change is exactly the base.
+        """
 
     def mul_t(self, g: Tensor) -> Tensor:
         """g W: [..., out] -> [..., in], the gradient of `mul` with respect to x."""

@@ -18,9 +18,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BROKEN_TEMPLATE = (TemplateError, TypeError, ValueError)
 
 
-def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, open_turn: bool = False
-) -> str:
+def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, open_turn: bool = False) -> str:
     """The chat as the tokenizer's template writes it.
 
     open_turn   end with the words that open the assistant's turn (the generation prompt)
@@ -34,9 +32,7 @@ def render(
         raise _refused(messages, where, error) from error
 
 
-def assistant_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[Span]]:
+def assistant_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
     """The rendered chat, and the characters [start, end) of each turn of the assistant in it, in order.
 
     A span ends with the text that closes the turn ("<|im_end|>"), without whitespace after it. Where the
@@ -60,9 +56,7 @@ def assistant_spans(
     return text, spans
 
 
-def _turn_span(
-    text: str, messages: list[Message], turn: int, tokenizer: PreTrainedTokenizerBase, where: str
-) -> Span:
+def _turn_span(text: str, messages: list[Message], turn: int, tokenizer: PreTrainedTokenizerBase, where: str) -> Span:
     """Where message `turn` stands in the text: after the opened turn, to the end of what closes it."""
     before = render(messages[:turn], tokenizer, where, open_turn=True) if turn else ""
     after = render(messages[: turn + 1], tokenizer, where)
@@ -85,9 +79,7 @@ def _turn_span(
     return start, end
 
 
-def _marked_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[Span]]:
+def _marked_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
     """Text and spans by the template's own {% generation %} marks.
 
     These are the character spans from which `return_assistant_tokens_mask` makes its mask. The mask itself is

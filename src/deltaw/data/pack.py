@@ -102,9 +102,7 @@ def split_micro(indices: Sequence[int], lengths: Sequence[int], micro_tokens: in
 def _fill(order: Iterable[int], lengths: Sequence[int], limit: int, what: str) -> list[list[int]]:
     """The order cut into runs of at most `limit` tokens, or of one example."""
     if limit < 1:
-        raise DataError(
-            f"{what} must be at least 1, found {limit}.\n  Give the tokens that fit at a time, like 2048."
-        )
+        raise DataError(f"{what} must be at least 1, found {limit}.\n  Give the tokens that fit at a time, like 2048.")
     runs: list[list[int]] = []
     filled = 0
     for index in order:

@@ -20,6 +20,7 @@ IN_MEMORY = "rows"
 class Row:
     """One row in one of three shapes: prompt and completion, messages, or text; the other fields are None.
 
+    choices  the answers to choose from, where a prompt/completion row brings its own (metric "choice")
     source   the file or data set as it was named; "rows" for rows given in memory
     line     counted from 1, blank lines included; for data sets and rows in memory the index + 1
     """
@@ -28,6 +29,7 @@ class Row:
     completion: str | None = None
     messages: list[dict[str, Any]] | None = None
     text: str | None = None
+    choices: tuple[str, ...] | None = None
     source: str = IN_MEMORY
     line: int = 1
 
@@ -139,7 +141,10 @@ def _row(record: Any, source: str, line: int) -> Row:
     if shapes[0] == ("messages",):
         return Row(messages=_messages(record["messages"], where), source=source, line=line)
     texts: dict[str, Any] = {key: _text(record[key], f"field {key!r}", where) for key in shapes[0]}
-    return Row(**texts, source=source, line=line)
+    choices = record.get("choices") if "prompt" in texts else None
+    if not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        choices = None  # another tool's field of the same name
+    return Row(**texts, choices=None if choices is None else tuple(choices), source=source, line=line)
 
 
 def _what_is_missing(record: Mapping[str, Any]) -> str:

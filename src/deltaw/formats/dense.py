@@ -32,12 +32,13 @@ class DenseWeight(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.stored.dtype
 
-    def mul(self, x: Tensor) -> Tensor:
-        """x W^T: [..., in] -> [..., out]."""
+    def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias: [..., in] -> [..., out], in the one call that the base's own layer makes."""
         if not self.transposed:
-            return F.linear(x, self.stored)
+            return F.linear(x, self.stored, bias)
         flat = x.reshape(-1, x.shape[-1])
-        return (flat @ self.stored).reshape(*x.shape[:-1], self.out_features)
+        y = flat @ self.stored if bias is None else torch.addmm(bias, flat, self.stored)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def mul_t(self, g: Tensor) -> Tensor:
         """g W: [..., out] -> [..., in]."""

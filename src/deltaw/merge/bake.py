@@ -98,9 +98,7 @@ def bake(
     out = Path(out)
     _refuse_used(out)
     if dtype is not None and dtype not in OUT_DTYPES:
-        raise BadInput(
-            f"unknown dtype {dtype!r}.{near(dtype, OUT_DTYPES)} Known: {', '.join(OUT_DTYPES)}."
-        )
+        raise BadInput(f"unknown dtype {dtype!r}.{near(dtype, OUT_DTYPES)} Known: {', '.join(OUT_DTYPES)}.")
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(Path(adapter))
     _refuse_unmergeable(adapter)
@@ -124,16 +122,13 @@ def bake(
         expected = None
         if measure:
             tell("computing logits of the unmerged model")
-            expected = unmerged_logits(
-                folder, adapter, tokenizer, probe_text() if text is None else text
-            )
+            words = probe_text() if text is None else text
+            expected = unmerged_logits(folder, adapter, tokenizer, words)
         with whole_folder(out) as aside:
             tell(f"writing {written_dtype} weights")
             tally = write_weights(source, changes, aside, DTYPES[dtype] if dtype else None, shard_bytes)
             untied = tally.untied or source.contradicts_tie
-            write_config(
-                folder, aside, dtype=written_dtype, tied=False if untied else None, vocab_size=vocab_size
-            )
+            write_config(folder, aside, dtype=written_dtype, tied=False if untied else None, vocab_size=vocab_size)
             write_beside(folder, aside, grown)
             probe = None
             if expected is not None:
@@ -178,7 +173,7 @@ def _refuse_used(out: Path) -> None:
         return
     if out.exists():
         what = "holds something" if out.is_dir() else "is a file"
-        raise RunError(f"{out} {what}: a merge writes a new folder.\n  Choose another --out, or remove it first.")
+        raise RunError(f"{out} {what}: a merge writes a new folder.\n  Choose another --out, or empty it.")
 
 
 def _refuse_unmergeable(adapter: Adapter) -> None:
@@ -208,7 +203,7 @@ def _grown_tokenizer(tokenizer: Any, adapter: Adapter) -> Any:
     for r in adapter.replaced:
         if r.rows is not None and sorted(ids) != sorted(r.rows):
             raise AdapterError(
-                f"The adapter's new tokens {list(tokens)} are numbers {sorted(ids)} in this base's vocabulary, "
+                f"The adapter's new tokens {list(tokens)} are numbers {sorted(ids)} in this vocabulary, "
                 f"but its rows of {r.tensor} are numbers {sorted(r.rows)}: it belongs to another tokenizer."
             )
     return grown

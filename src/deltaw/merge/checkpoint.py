@@ -66,7 +66,7 @@ class Checkpoint:
         return tensor
 
     def key_of(self, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
-        """The files' name for the network's tensor `name`, or None: exact, without or with the model's prefix."""
+        """What the files call the network's tensor `name`, or None: the same, without or with the prefix."""
         dotted = prefix + "."
         for key in (name, name.removeprefix(dotted), dotted + name):
             if key in self.entries and self.entries[key].shape == shape:
@@ -116,9 +116,7 @@ class Planned:
     size_bytes: int
 
 
-def write_shards(
-    folder: Path, planned: list[Planned], values: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> int:
+def write_shards(folder: Path, planned: list[Planned], values: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:
     """Write tensors as model.safetensors, or as shards of at most `shard_bytes` and an index.
 
     planned  names and sizes, in the order in which `values` yields them

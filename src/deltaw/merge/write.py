@@ -80,7 +80,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the result: its name in the files, the base's tensor it comes from, what happens to it."""
+    """One tensor of the result: its name in the files, the base's tensor behind it, what happens to it."""
 
     key: str
     source: str
@@ -117,9 +117,7 @@ def write_weights(
     return tally
 
 
-def _outputs(
-    source: Source, changes: Mapping[str, Change], dtype: torch.dtype | None
-) -> tuple[list[Output], bool]:
+def _outputs(source: Source, changes: Mapping[str, Change], dtype: torch.dtype | None) -> tuple[list[Output], bool]:
     """Every tensor to write, and whether a tie of the base is cut."""
     entries = source.checkpoint.entries
     by_key = {source.keys[n]: changes[n] for n in changes if n in source.own}
@@ -157,8 +155,8 @@ def _value(key: str, stored: Tensor, change: Change | None, dtype: torch.dtype |
     written = value.to(dtype).contiguous()
     if (change is not None or dtype != stored.dtype) and not bool(torch.isfinite(written).all()):
         raise WorkFailed(
-            f"{key}: NaN or Inf in {str(dtype).removeprefix('torch.')}. Nothing was written; check the adapter, "
-            "or choose --dtype bfloat16 or float32, which hold larger values."
+            f"{key}: NaN or Inf in {str(dtype).removeprefix('torch.')}. Nothing was written; check the "
+            "adapter, or choose --dtype bfloat16 or float32, which hold larger values."
         )
     if change is not None:
         tally.add(stored, value, written)
@@ -221,7 +219,7 @@ def write_config(base: Path, folder: Path, *, dtype: str, tied: bool | None, voc
 
 
 def write_beside(base: Path, folder: Path, tokenizer: Any) -> None:
-    """Tokenizer, chat template, generation settings and licence; `tokenizer` when it has new tokens, else None."""
+    """Tokenizer (`tokenizer` when it has new tokens), chat template, generation settings, licence."""
     if tokenizer is not None:
         with quiet():
             tokenizer.save_pretrained(folder)

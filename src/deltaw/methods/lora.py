@@ -157,9 +157,7 @@ class Lora(MethodSpec):
     def from_peft(cls, config: dict[str, Any]) -> Lora:
         refused = [key for key in _REFUSED_PEFT if config.get(key)]
         if refused:
-            raise AdapterError(
-                f"adapter_config.json asks for {', '.join(refused)}, which method 'lora' does not have."
-            )
+            raise AdapterError(f"adapter_config.json asks for {', '.join(refused)}, which method 'lora' does not have.")
         init = config.get("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise AdapterError(

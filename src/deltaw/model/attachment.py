@@ -80,19 +80,27 @@ def fresh(spec: MethodSpec, places: Places, rng: torch.Generator) -> Attachment:
     if spec.trains_base:
         return attachment
     targeted = {s.name for s in select(spec, list(places.sites.values()))}
+    saved = _owners(spec, places)
     for name, site in places.sites.items():
-        if name not in targeted and not spec.wants(site):
+        if name not in targeted and (not spec.wants(site) or name in saved):
             continue
         made = spec.init(site, places.weights[name], places.biases[name], rng)
         shapes = spec.shapes(site, name in targeted)
         attachment.sites[name] = {p: made[p].requires_grad_() for p in shapes}
-    for module in saved_modules(spec, places):
-        for tensor, value in own_tensors(module, places):
-            attachment.swaps[tensor] = value.detach().float().clone().requires_grad_()
-    if getattr(spec, "bias", "none") == "all":
-        for tensor, value in _other_biases(places):
-            attachment.swaps.setdefault(tensor, value.detach().float().clone().requires_grad_())
+    for tensor, value in _swapped(spec, places).items():
+        attachment.swaps[tensor] = value.detach().float().clone().requires_grad_()
     return attachment
+
+
+def _swapped(spec: MethodSpec, places: Places) -> dict[str, Tensor]:
+    """The base's tensors that `spec` replaces whole: those of `save_modules`, and biases of norms for bias = "all"."""
+    found = {n: t for module in saved_modules(spec, places) for n, t in own_tensors(module, places)}
+    return found | dict(_other_biases(places) if getattr(spec, "bias", "none") == "all" else ())
+
+
+def _owners(spec: MethodSpec, places: Places) -> set[str]:
+    """The modules whose tensors `save_modules` replaces."""
+    return {n.rpartition(".")[0] for module in saved_modules(spec, places) for n, _ in own_tensors(module, places)}
 
 
 def saved_modules(spec: MethodSpec, places: Places) -> list[str]:
@@ -108,8 +116,13 @@ def saved_modules(spec: MethodSpec, places: Places) -> list[str]:
 
 
 def own_tensors(module: str, places: Places) -> list[tuple[str, Tensor]]:
-    """The parameters inside one module, with the base's full names."""
-    return [(f"{module}.{name}", p) for name, p in places.modules[module].named_parameters()]
+    """The base's parameters inside one module, by full names, whatever wears adapters now."""
+    return [
+        (f"{path}.{name}", p)
+        for path, inner in places.modules.items()
+        if path == module or path.startswith(module + ".")
+        for name, p in inner.named_parameters(recurse=False)
+    ]
 
 
 def _other_biases(places: Places) -> list[tuple[str, Tensor]]:

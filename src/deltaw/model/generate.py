@@ -58,7 +58,17 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_tokens(model)
     for start in range(0, len(order), batch_size):
-        _batch(model, prompts, order[start : start + batch_size], answers, max_new_tokens, ends, sampling, rng, give_up)
+        _batch(
+            model,
+            prompts,
+            order[start : start + batch_size],
+            answers,
+            max_new_tokens,
+            ends,
+            sampling,
+            rng,
+            give_up,
+        )
     return answers
 
 

@@ -75,6 +75,10 @@ class Host(nn.Module):
     def in_use(self) -> list[tuple[Slot, float]]:
         return [(self.slots[n], w) for n, w in self.run.use.items() if n in self.slots]
 
+    def _base_is_swapped(self) -> bool:
+        """Whether `original` computes with replaced tensors now: the frozen weight is then not the one to change."""
+        return hasattr(self.original, "is_used") and bool(self.original.is_used())
+
     def _affine(self, slot: Slot) -> Affine:
         return slot.spec.lower(self.site, slot.params, self.frozen)
 
@@ -84,7 +88,7 @@ class Host(nn.Module):
         changed = [(slot, w) for slot, w in used if slot.params]
         if not changed:
             y = self.original(x)
-        elif len(changed) == 1 and changed[0][1] == 1.0:
+        elif len(changed) == 1 and changed[0][1] == 1.0 and not self._base_is_swapped():
             y = self._apply(changed[0][0], x)
         else:
             base = self.original(x)
@@ -93,8 +97,17 @@ class Host(nn.Module):
                 y = y + w * delta(self._affine(slot), x, self.frozen, base, self.bias)
         for slot, _ in used:
             if slot.rows is not None:
-                y = _with_columns(y, slot.rows.ids, x @ slot.rows.value.to(x.dtype).T)
+                y = _with_columns(y, slot.rows.ids, self._columns(slot, slot.rows, x))
         return y
+
+    def _columns(self, slot: Slot, rows: Rows, x: Tensor) -> Tensor:
+        """Logits of the swapped or added rows: [..., n]. A row that the base has keeps its bias."""
+        y = x @ rows.value.to(x.dtype).T
+        bias = slot.params.get("bias", self.bias)
+        if bias is None:
+            return y
+        known = rows.ids < bias.shape[0]
+        return y + torch.where(known, bias[rows.ids.clamp(max=bias.shape[0] - 1)], 0.0).to(y.dtype)
 
     def _apply(self, slot: Slot, x: Tensor) -> Tensor:
         affine = self._affine(slot)

@@ -55,9 +55,7 @@ def resolve_base(path_or_name: str | Path, *, say: Say | None = None) -> Path:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return convert_gguf(path, say=say)
-        raise BaseError(
-            f"{path} is a file, but not a .gguf.\n  Give a model's folder in Hugging Face layout."
-        )
+        raise BaseError(f"{path} is a file, but not a .gguf.\n  Give a model's folder in Hugging Face layout.")
     tried = [f"starter names: {', '.join(STARTERS)}", f"folder or .gguf file {path.absolute()}: not there"]
     if not isinstance(path_or_name, Path) and HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
         return _from_hub(name, tried, say)
@@ -200,9 +198,7 @@ def _from_hub(name: str, tried: list[str], say: Say | None) -> Path:
             )
     except LocalEntryNotFoundError as problem:
         why = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub does not answer"
-        raise _not_found(
-            name, [*tried, f"hub id {name}: {why}, and it is not in the hub's cache"]
-        ) from problem
+        raise _not_found(name, [*tried, f"hub id {name}: {why}, and it is not in the hub's cache"]) from problem
     except Exception as problem:
         if is_no_space(problem):
             raise WorkFailed(

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.data.pack import Batch
-from deltaw.errors import AdapterError, BaseMismatch, NotFound, SpecError, near
+from deltaw.errors import AdapterError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Places, fresh, strict
 from deltaw.model.attention import Documents, packed_attention
@@ -120,7 +119,16 @@ class Model:
         return made
 
     def _refuse_fused(self, made: Attachment) -> None:
-        attention = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense", "out_proj"}
+        attention = {
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "qkv_proj",
+            "query_key_value",
+            "dense",
+            "out_proj",
+        }
         only = bool(made.sites) and all(self.places.sites[s].role in attention for s in made.sites)
         refuse_unsupported(self.net, attention_only=only)
 

@@ -19,7 +19,12 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
     for name, module in net.named_modules():
         if type(module) is nn.Linear:
             sites[name] = LinearSite(
-                name, module.in_features, module.out_features, "linear", module.bias is not None, module is head
+                name,
+                module.in_features,
+                module.out_features,
+                "linear",
+                module.bias is not None,
+                module is head,
             )
         elif type(module) is Conv1D:
             n_in, n_out = module.weight.shape

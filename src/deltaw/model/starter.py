@@ -88,9 +88,7 @@ def fetch_starter(name: str, *, say: Say | None = None) -> Path:
     """
     starter = STARTERS.get(name)
     if starter is None:
-        raise NotFound(
-            f"no starter base is called {name!r}.{near(name, STARTERS)} Known: {', '.join(STARTERS)}."
-        )
+        raise NotFound(f"no starter base is called {name!r}.{near(name, STARTERS)} Known: {', '.join(STARTERS)}.")
     tell = say or _silent
 
     def make(folder: Path) -> None:
@@ -122,9 +120,7 @@ def convert_gguf(path: Path, *, say: Say | None = None) -> Path:
     tell = say or _silent
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BaseError(
-                f"{path} does not begin with the bytes of a GGUF file.\n  Give a .gguf model file."
-            )
+            raise BaseError(f"{path} does not begin with the bytes of a GGUF file.\n  Give a .gguf model file.")
     sha256 = _sha256(path)
 
     def make(folder: Path) -> None:
@@ -171,9 +167,7 @@ def _make_once(folder: Path, make: Callable[[Path], None], say: Say) -> Path:
         try:
             if not folder.is_dir():
                 aside = folder.with_name(f".{folder.name}.part")
-                shutil.rmtree(
-                    aside, ignore_errors=True
-                )  # left by a killed process; ours alone under the lock
+                shutil.rmtree(aside, ignore_errors=True)  # left by a killed process; ours alone under the lock
                 aside.mkdir()
                 try:
                     make(aside)

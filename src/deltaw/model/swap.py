@@ -27,6 +27,14 @@ class Swapped(nn.Module):
         """The base's stored tensor, for code that asks a layer for its weight."""
         return self.original.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.original, "bias", None)
+
+    def is_used(self) -> bool:
+        """Whether an adapter in use replaces a tensor here."""
+        return any(name in self.values for name in self.run.use)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         used = [(self.values[n], w) for n, w in self.run.use.items() if n in self.values]
         if not used:

@@ -24,13 +24,15 @@ def apply(
     dtype = x.dtype
     gained = x if affine.in_gain is None else x * affine.in_gain.to(dtype)
     bias = base_bias if affine.bias is None else affine.bias.to(dtype)
+    within = bias if affine.out_gain is None else None  # a gain does not touch the bias
     if affine.A is None or affine.B is None:
-        y = weight.mul(gained)
+        y = weight.mul(gained, within)
     else:
         branch = x if dropped is None else dropped
-        y = lowrank_linear(gained, weight, affine.A, affine.B, affine.scale, branch)
-    if affine.out_gain is not None:
-        y = y * affine.out_gain.to(dtype)
+        y = lowrank_linear(gained, weight, affine.A, affine.B, affine.scale, branch, within)
+    if affine.out_gain is None:
+        return y
+    y = y * affine.out_gain.to(dtype)
     return y if bias is None else y + bias
 
 

@@ -84,7 +84,9 @@ def to_peft_config(adapter: Adapter) -> dict[str, Any]:
     spec = adapter.spec
     targeted = [p for p in adapter.places if set(adapter.sites[p.name]) != {"bias"}]
     tokens = {
-        r.tensor.removesuffix(".weight").rsplit(".", 1)[-1]: list(r.rows) for r in adapter.replaced if r.rows is not None
+        r.tensor.removesuffix(".weight").rsplit(".", 1)[-1]: list(r.rows)
+        for r in adapter.replaced
+        if r.rows is not None
     }
     base = adapter.provenance.get("base") or (adapter.fingerprint.name if adapter.fingerprint else None)
     return {

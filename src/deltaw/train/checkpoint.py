@@ -15,12 +15,11 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,15 +33,8 @@ KEEP = 2
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    from deltaw import __version__
-
-    return {
-        "deltaw": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
+    packages = ("deltaw", "torch", "transformers", "tokenizers", "safetensors")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from deltaw.data.pack import collate, split_micro
 from deltaw.data.source import Row
@@ -49,8 +50,7 @@ def evaluate_rows(
 
     Raises RecipeError for an unknown metric, DataError for rows that it cannot judge.
     """
-    if metric not in METRICS:
-        raise RecipeError(f"Unknown metric {metric!r}.{near(metric, METRICS)} Known: {', '.join(METRICS)}.")
+    check_metric(metric)
     began = time.perf_counter()
     if metric == "perplexity":
         result = _perplexity(model, rows, spec)
@@ -59,6 +59,25 @@ def evaluate_rows(
     else:
         result = _answers(model, rows, metric, spec, max_new_tokens, batch_size, predictions)
     return {"metric": metric, **result, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def check_metric(metric: str) -> None:
+    """Raise RecipeError, with the near name, for a metric that does not exist."""
+    if metric not in METRICS:
+        raise RecipeError(f"Unknown metric {metric!r}.{near(metric, METRICS)} Known: {', '.join(METRICS)}.")
+
+
+def data_spec(model: Model, template: str | None, max_tokens: int) -> DataSpec:
+    """How rows become text for an evaluation: as the adapter in use was trained, unless `template` says."""
+    in_use = [model.adapters[name] for name in model.run.use]
+    trained = in_use[0].provenance.get("recipe", {}).get("data", {}) if in_use else {}
+    shape = {k: trained[k] for k in ("template", "separator", "append_end") if k in trained}
+    if template is not None:
+        shape["template"] = template
+    try:
+        return DataSpec(**shape, max_tokens=max_tokens)
+    except ValidationError as error:
+        raise RecipeError(f"template={template!r}: write plain or chat. ({error.error_count()} problem)") from None
 
 
 def read_labels(path: str | Path) -> list[str]:
@@ -171,7 +190,7 @@ def _choice(
     candidates: list[Row] = []
     spans: list[tuple[int, list[str], int]] = []
     for row in rows:
-        options = labels if labels is not None else getattr(row, "choices", None)
+        options = labels if labels is not None else row.choices
         if not options:
             raise DataError(f"{row.where}: metric 'choice' needs --labels, or a list under \"choices\" in each row.")
         if row.prompt is None or row.completion is None:

@@ -58,9 +58,7 @@ class Progress:
 class Loop:
     """A run's moving parts: parameters, optimizer, schedule, progress."""
 
-    def __init__(
-        self, model: Model, examples: Sequence[Example], recipe: Recipe, evaluate: Evaluate | None
-    ) -> None:
+    def __init__(self, model: Model, examples: Sequence[Example], recipe: Recipe, evaluate: Evaluate | None) -> None:
         self.model = model
         self.examples = examples
         self.recipe = recipe

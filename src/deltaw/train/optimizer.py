@@ -19,13 +19,9 @@ def make_optimizer(parameters: dict[str, Tensor], spec: TrainSpec) -> torch.opti
     slow = [t for n, t in parameters.items() if not n.endswith(":B")]
     fast = [t for n, t in parameters.items() if n.endswith(":B")]
     groups = [
-        {"params": tensors, "ratio": ratio}
-        for tensors, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio))
-        if tensors
+        {"params": tensors, "ratio": ratio} for tensors, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio)) if tensors
     ]
-    return torch.optim.AdamW(
-        groups, lr=spec.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
 def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
@@ -52,9 +48,7 @@ def optimizer_state(optimizer: torch.optim.AdamW, parameters: dict[str, Tensor])
     }
 
 
-def restore_optimizer(
-    optimizer: torch.optim.AdamW, parameters: dict[str, Tensor], state: dict[str, Tensor]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.AdamW, parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` gave, bit for bit."""
     for name, tensor in parameters.items():
         found = {k.rpartition("|")[2]: v for k, v in state.items() if k.rpartition("|")[0] == name}

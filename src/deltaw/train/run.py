@@ -144,17 +144,13 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
         if spec.metric == "loss":
             return loss, loss
         rows = valid[: spec.limit] if spec.limit else valid
-        result = evaluate_rows(
-            model, rows, spec.metric, recipe.data, labels=labels, max_new_tokens=spec.max_new_tokens
-        )
+        result = evaluate_rows(model, rows, spec.metric, recipe.data, labels=labels, max_new_tokens=spec.max_new_tokens)
         return result["value"], loss
 
     return evaluate
 
 
-def _events(
-    loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, metrics: MetricsFile
-) -> Iterator[Event]:
+def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, metrics: MetricsFile) -> Iterator[Event]:
     progress, recipe = loop.progress, loop.recipe
     model = loop.model
     yield Start(
@@ -235,5 +231,3 @@ def _done(loop: Loop, out: Path) -> Done:
         metric=loop.recipe.eval.metric,
         stopped_early=p.stopped_early,
     )
-
-

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.data.pack import collate, split_micro
 from deltaw.data.template import Example
 from deltaw.model.attention import packed_attention
 from deltaw.model.model import Model
+from deltaw.model.recompute import recomputed_blocks
 from deltaw.train.loss import Loss
-
-
-@contextmanager
-def recomputed_blocks(net: nn.Module) -> Iterator[None]:
-    """Inside, every block of `net` keeps only its input and is computed again in the backward."""
-    blocks = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def step_gradient(

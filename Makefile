@@ -1,0 +1,45 @@
+# The environment is .venv in this checkout. torch comes first, pinned in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check bench docs clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# Environment, starter base, training on shipped data, evaluation before and after, merge, an answer.
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py
+
+# Everything that must hold, in minutes. check runs first; pytest's closing line comes last.
+test: check
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+# The long runs and the peers too (under an hour).
+test-all: check
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench examples
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python bench/bench_train.py
+
+docs: $(VENV)/.ready
+	$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) runs site build dist

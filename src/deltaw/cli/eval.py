@@ -1,0 +1,59 @@
+"""`deltaw eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BaseOption = Annotated[str, typer.Option("--base", help="Folder, hub id, .gguf file or starter name.")]
+AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Folder of a saved adapter, or of a run.")]
+OtherBaseOption = Annotated[bool, typer.Option("--allow-other-base", help="Attach although the base differs.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, ..., or auto: bfloat16 where the CPU has it.")]
+
+
+def evaluate(
+    base: BaseOption,
+    data: Annotated[str, typer.Option(help="Rows: a JSONL file.")],
+    metric: Annotated[str, typer.Option(help="exact, json, choice or perplexity.")],
+    adapter: AdapterOption = None,
+    labels: Annotated[Path | None, typer.Option(help="JSON list of labels, for choice.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    dtype: DtypeOption = "auto",
+    template: Annotated[str | None, typer.Option(help="plain or chat; the adapter's own by default.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest document, in tokens.")] = 2048,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
+    allow_other_base: OtherBaseOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+) -> None:
+    """Measure a base, or a base with an adapter, on rows."""
+    from deltaw.data.source import read_rows
+    from deltaw.model.base import load_base
+    from deltaw.store.files import write_text
+    from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows, read_labels
+
+    check_metric(metric)
+    rows = read_rows(data)[:limit]
+    names = read_labels(labels) if labels else None
+    model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))
+    if adapter is not None:
+        model.attach(adapter, allow_other_base=allow_other_base)
+    result = evaluate_rows(
+        model,
+        rows,
+        metric,
+        data_spec(model, template, max_tokens),
+        labels=names,
+        max_new_tokens=max_new_tokens,
+        predictions=predictions is not None,
+    )
+    if predictions is not None:
+        lines = [json.dumps(p, ensure_ascii=False) for p in result.pop("predictions", [])]
+        write_text(predictions, "\n".join(lines) + "\n")
+    if as_json:
+        typer.echo(json.dumps({**result, "base": base, "adapter": None if adapter is None else str(adapter)}))
+    else:
+        typer.echo(f"{metric} {result['value']:.4f} on {result['n']} rows in {result['seconds']:.1f} s")

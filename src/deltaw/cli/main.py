@@ -1,0 +1,60 @@
+"""The program `deltaw`: commands are registered here, and errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import typer
+
+from deltaw.cli import data
+from deltaw.cli.eval import evaluate
+from deltaw.cli.fetch import fetch
+from deltaw.cli.generate import generate
+from deltaw.cli.inspect import inspect
+from deltaw.cli.merge import merge
+from deltaw.cli.train import train
+from deltaw.core.fingerprint import set_cache_dir
+from deltaw.errors import DeltawError
+
+app = typer.Typer(
+    name="deltaw",
+    help="Train, keep, merge and serve small changes (dW) to large frozen language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("fetch")(fetch)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("merge")(merge)
+app.command("inspect")(inspect)
+app.add_typer(data.app, name="data")
+
+
+@app.callback()
+def _settings() -> None:
+    """Environment variables are read here and nowhere else."""
+    if folder := os.environ.get("DELTAW_CACHE"):
+        set_cache_dir(Path(folder))
+
+
+def _say_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if category.__module__.startswith("deltaw"):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the program. Exit codes: 0 done, 1 the work failed, 2 bad input."""
+    warnings.showwarning = _say_warning  # type: ignore[assignment]
+    try:
+        app()
+    except DeltawError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

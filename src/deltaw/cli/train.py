@@ -1,0 +1,81 @@
+"""`deltaw train`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings on top of it, as train.lr=1e-3.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (runs/<recipe> by default).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON event a line, nothing else.")] = False,
+    allow_other_machine: Annotated[
+        bool, typer.Option(help="Go on although machine, threads or versions differ from when the run began.")
+    ] = False,
+) -> None:
+    """Train an adapter. The same command goes on with a run that was stopped, bit for bit."""
+    from deltaw.train.run import train as run
+
+    console = Console(stderr=True)
+    events = run(
+        recipe,
+        out,
+        overrides=overrides or [],
+        allow_other_machine=allow_other_machine,
+        say=lambda text: console.print(text, highlight=False),
+    )
+    if as_json:
+        for event in events:
+            typer.echo(json.dumps(event.plain()))
+        return
+    _show(events, Console())
+
+
+def _show(events: Any, console: Console) -> None:
+    """Progress for a person: loss, tokens/s, time left, peak memory; evaluations as lines."""
+    bar = Progress(
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("train", total=None, state="loading")
+        last_line = 0.0
+        for event in events:
+            e = event.plain()
+            kind = e["event"]
+            if kind == "start":
+                bar.update(task, total=e["n_steps"], completed=e["first_step"], state="")
+                went_on = f", going on after step {e['first_step']}" if e["first_step"] else ""
+                bar.print(
+                    f"{e['rows']} rows ({e['rows_cut']} cut, {e['rows_skipped']} skipped), "
+                    f"{e['tokens_per_epoch']:,} tokens an epoch, {e['parameters']:,} trainable parameters on "
+                    f"{e['base']} in {e['dtype']}{went_on}"
+                )
+            elif kind == "step":
+                memory = "" if e["peak_rss_mb"] is None else f", peak {e['peak_rss_mb'] / 1000:.1f} GB"
+                state = f"loss {e['loss']:.4f}, {e['tokens_per_s']:.0f} tokens/s{memory}"
+                bar.update(task, completed=e["step"], state=state)
+                if not console.is_terminal and time.monotonic() - last_line > 15:
+                    console.print(f"step {e['step']}: {state}", highlight=False)
+                    last_line = time.monotonic()
+            elif kind == "eval":
+                best = " (best)" if e["is_best"] else ""
+                bar.print(f"step {e['step']}: valid {e['metric']} {e['value']:.4f}{best}")
+            elif kind == "done":
+                result = e["adapter"] or e["model"]
+                early = ", stopped early" if e["stopped_early"] else ""
+                bar.print(
+                    f"done: {e['steps']} steps{early}, {e['seconds']:.0f} s, {e['tokens_per_s']:.0f} tokens/s. "
+                    f"Saved in {result}"
+                )
