@@ -9,8 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from models import ARCHITECTURES, make_net
 from transformers import PreTrainedModel
+
+from models import ARCHITECTURES, make_net
 
 torch.set_num_threads(1)
 

@@ -68,7 +68,6 @@ _MAKE = {
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma", "phi", "gpt2", "opt", "gpt_neox")
 EMBEDDING = {"gpt2": "wte", "gpt_neox": "embed_in"}  # elsewhere "embed_tokens"
-HEAD = {"gpt_neox": "embed_out"}  # elsewhere "lm_head"
 
 
 def make_net(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:

@@ -7,7 +7,7 @@ tokens drawn at random from the vocabulary, the second half of each row targets,
 the dtype PEFT gives them (float32): forward, loss, backward, clipping at 1.0, AdamW. Nothing padded, nothing
 checkpointed.
 
-    /tmp/peers/bin/python bench/peers/peft_step.py --base DIR --rank 16 --alpha 32 --batch 8 --length 256 \
+    peers-env/bin/python bench/peers/peft_step.py --base DIR --rank 16 --alpha 32 --batch 8 --length 256 \
         --dtype bfloat16 --seed 0
 
 It prints `ready`, then for each line `step` one JSON line {"seconds", "loss", "peak_rss_mb"}, and ends with

@@ -8,10 +8,10 @@ What would change our mind: another seed, or `--no-checkpointing`, moving `value
 
 It runs in an environment of its own, on two threads:
 
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch==2.13.0
-    /tmp/peers/bin/pip install "transformers>=5.20,<6" peft trl datasets accelerate
-    /tmp/peers/bin/python bench/peers/trl_supersense.py --base DIR --train train.jsonl --test test.jsonl \
+    python3 -m venv peers-env
+    peers-env/bin/pip install torch==2.13.0
+    peers-env/bin/pip install "transformers>=5.20,<6" peft trl datasets accelerate
+    peers-env/bin/python bench/peers/trl_supersense.py --base DIR --train train.jsonl --test test.jsonl \
         --out bench/results/supersense_peers.jsonl
 
 A row: `value` is the share of the `n` test rows whose greedy output, stripped, equals the completion;
@@ -170,6 +170,7 @@ def settings_of(trainer: SFTTrainer) -> dict:
 
 def main() -> None:
     args = parse()
+    commit = read_commit()  # now: the checkout may move on during the run
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(args, folder)
@@ -207,7 +208,7 @@ def main() -> None:
         "metric": "exact",
         "value": round(n_exact / len(test), 4),
         "n": len(test),
-        "commit": read_commit(),
+        "commit": commit,
     }
     line = json.dumps(row)
     args.out.parent.mkdir(parents=True, exist_ok=True)

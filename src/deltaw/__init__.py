@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from deltaw.core.adapter import Adapter, Replacement
-from deltaw.core.affine import Affine
-from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.errors import DeltawError
-from deltaw.methods import METHODS, Full, Lora
 
 if TYPE_CHECKING:
+    from deltaw.core.adapter import Adapter, Replacement
+    from deltaw.core.affine import Affine
+    from deltaw.core.fingerprint import BaseFingerprint
     from deltaw.merge.bake import bake
+    from deltaw.methods import METHODS, Full, Lora
     from deltaw.model.base import load_base
     from deltaw.model.model import Model
     from deltaw.store.peft import read_adapter as load_adapter
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LATER = {  # loaded on first use: these need transformers, which takes seconds to import
+_LATER = {  # loaded on first use: torch and transformers take seconds to import
+    "METHODS": ("deltaw.methods", "METHODS"),
+    "Adapter": ("deltaw.core.adapter", "Adapter"),
+    "Affine": ("deltaw.core.affine", "Affine"),
+    "BaseFingerprint": ("deltaw.core.fingerprint", "BaseFingerprint"),
+    "Full": ("deltaw.methods", "Full"),
+    "Lora": ("deltaw.methods", "Lora"),
     "Model": ("deltaw.model.model", "Model"),
+    "Replacement": ("deltaw.core.adapter", "Replacement"),
     "Recipe": ("deltaw.train.recipe", "Recipe"),
     "bake": ("deltaw.merge.bake", "bake"),
     "load_adapter": ("deltaw.store.peft", "read_adapter"),

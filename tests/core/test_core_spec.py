@@ -44,7 +44,7 @@ def test_impossible_settings_are_refused_by_name(settings, said):
 
 
 def test_an_unknown_method_is_refused_with_the_near_name():
-    with pytest.raises(SpecError, match="unknown method 'lorra'. Did you mean 'lora'"):
+    with pytest.raises(SpecError, match=r"unknown method 'lorra'\. Did you mean 'lora'"):
         method_class("lorra")
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from made_bases import TEXT, attached_logits, config, logits, noisy, oracle, plain, rename, save_base, stored
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from deltaw.merge.bake import bake
+from deltaw.merge.checkpoint import Planned, write_shards
 from deltaw.methods.lora import Lora
 from deltaw.model.base import load_base
-from models import ARCHITECTURES, EMBEDDING, HEAD, make_ids, make_net
+from models import ARCHITECTURES, EMBEDDING, make_ids, make_net
 
 IDS = make_ids()
 # float32: about 1e-6 a layer after two layers of sums of 32 to 40 terms; the promise is 1e-4
@@ -99,6 +102,28 @@ def test_sharded_checkpoints_are_read_and_written_in_shards(saved, tmp_path, kin
     torch.testing.assert_close(logits(tmp_path / "out", IDS), attached_logits(base, adapter, IDS), **CLOSE)
 
 
+def test_no_more_than_one_shard_is_made_before_it_is_written(tmp_path, monkeypatch):
+    made, written = [], []
+
+    def values():
+        for i in range(7):
+            made.append(i)
+            yield f"t{i}", torch.full((5,), float(i))
+
+    def save(tensors, path, metadata):
+        assert len(made) == sum(written) + len(tensors)
+        written.append(len(tensors))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("deltaw.merge.checkpoint.save_file", save)
+    write_shards(tmp_path, [Planned(f"t{i}", 20) for i in range(7)], values(), shard_bytes=50)
+    assert written == [2, 2, 2, 1]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 140
+    assert index["weight_map"]["t6"] == "model-00004-of-00004.safetensors"
+    assert stored(tmp_path)["t5"].tolist() == [5.0] * 5
+
+
 def test_a_saved_adapter_folder_is_merged(saved, tmp_path):
     base = saved(make_net("llama"))
     adapter = noisy(base)
@@ -176,7 +201,7 @@ def test_the_report_counts_changes_that_bfloat16_swallows(saved, tmp_path):
 def test_merging_on_one_side_of_a_tie_unties(saved, tmp_path, kind, side):
     base = saved(make_net(kind))
     assert "lm_head.weight" not in stored(base)
-    role = HEAD.get(kind, "lm_head") if side == "head" else EMBEDDING.get(kind, "embed_tokens")
+    role = "lm_head" if side == "head" else EMBEDDING.get(kind, "embed_tokens")
     adapter = noisy(base, Lora(rank=3, alpha=5, targets=(role,)))
 
     report = bake(base, adapter, tmp_path / "out", text=TEXT)
@@ -218,6 +243,17 @@ def test_a_tied_checkpoint_that_holds_both_tensors_is_untied_right(saved, tmp_pa
     adapter = noisy(base, Lora(rank=3, alpha=5, targets=("lm_head",)))
     report = bake(base, adapter, tmp_path / "out", text=TEXT)
     assert report.untied
+    torch.testing.assert_close(logits(tmp_path / "out", IDS), attached_logits(base, adapter, IDS), **CLOSE)
+
+
+def test_a_config_that_ties_what_the_files_hold_apart_is_put_right(saved, tmp_path):
+    base = saved(make_net("llama"))
+    path = base / "config.json"
+    path.write_text(json.dumps(config(base) | {"tie_word_embeddings": True}))
+    adapter = noisy(base, Lora(rank=3, alpha=5, targets=("embed_tokens", "q_proj")))
+    bake(base, adapter, tmp_path / "out", text=TEXT)
+    assert config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert torch.equal(stored(tmp_path / "out")["lm_head.weight"], stored(base)["lm_head.weight"])
     torch.testing.assert_close(logits(tmp_path / "out", IDS), attached_logits(base, adapter, IDS), **CLOSE)
 
 
@@ -314,6 +350,23 @@ def test_names_that_transformers_changes_on_load_take_the_way_through_memory(tmp
     assert report.untied == (tie and "lm_head" in targets)
     ids = torch.tensor([[3, 53, 4, 9]]) if tokens else IDS
     torch.testing.assert_close(logits(tmp_path / "out", ids), attached_logits(base, adapter, ids), **CLOSE)
+
+
+def test_attention_of_a_mixture_of_experts_is_merged_and_its_experts_pass(tmp_path):
+    config = MixtralConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = save_base(MixtralForCausalLM(config), tmp_path / "base")
+    adapter = noisy(base, Lora(rank=3, alpha=5, targets=("q_proj", "o_proj")))
+    report = bake(base, adapter, tmp_path / "out", text=TEXT)
+    assert report.route == "shards"
+    before, after = stored(base), stored(tmp_path / "out")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert len(changed) == 4
+    assert any("experts.2.w1" in k for k in before)
+    torch.testing.assert_close(logits(tmp_path / "out", IDS), attached_logits(base, adapter, IDS), **CLOSE)
 
 
 def test_a_base_without_a_tokenizer_is_probed_with_bytes(saved, tmp_path):

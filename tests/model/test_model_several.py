@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import EMBEDDING, HEAD, dense_logits, make_ids, make_net, randomise
 
 from deltaw import Lora
 from deltaw.errors import AdapterError
 from deltaw.model.model import Model
+from models import EMBEDDING, dense_logits, make_ids, make_net, randomise
 
 IDS = make_ids()
 
@@ -20,10 +20,10 @@ def kind(request, net) -> str:
 
 def wear_two(net, kind: str) -> Model:
     """Two adapters of different rank, scale and place; embedding, head and biases included."""
-    embedding, head = EMBEDDING.get(kind, "embed_tokens"), HEAD.get(kind, "lm_head")
+    embedding = EMBEDDING.get(kind, "embed_tokens")
     model = Model(net)
     model.attach(
-        Lora(rank=3, alpha=5, targets=rf".*(layers|h)\.\d.*|(.*\.)?({embedding}|{head})", bias="all"), name="legal"
+        Lora(rank=3, alpha=5, targets=rf".*(layers|h)\.\d.*|(.*\.)?({embedding}|lm_head)", bias="all"), name="legal"
     )
     model.attach(Lora(rank=2, alpha=7, rslora=True, rank_pattern={embedding: 5}, targets=rf".*\.{embedding}|.*\.1\..*"),
                  name="code")  # fmt: skip

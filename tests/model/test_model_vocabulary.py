@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import EMBEDDING, HEAD, HIDDEN, VOCAB, dense_logits, make_ids, make_net, make_tokenizer, randomise
 
 from deltaw import Lora
 from deltaw.errors import AdapterError, BaseError, SpecError
 from deltaw.model.model import Model
-from deltaw.store.peft import read_adapter, write_adapter
+from deltaw.store.peft import write_adapter
+from models import EMBEDDING, HIDDEN, VOCAB, dense_logits, make_ids, make_net, make_tokenizer, randomise
 
 IDS = make_ids()
 NEW = torch.tensor([[1, VOCAB, 7, VOCAB + 1, 3, VOCAB]])
@@ -133,7 +133,7 @@ def remake(kind: str):
 
 
 def test_new_tokens_add_columns_and_leave_old_ones_alone(wide):
-    kind, model = wide
+    _, model = wide
     base = model.logits(IDS)
     model.attach(Lora(rank=3, alpha=5, new_tokens=["<a>", "<b>"]))
     logits = model.logits(IDS)
@@ -148,7 +148,7 @@ def test_new_tokens_add_columns_and_leave_old_ones_alone(wide):
 
 
 def test_only_the_new_rows_train(wide):
-    kind, model = wide
+    _, model = wide
     model.attach(Lora(rank=3, alpha=5, targets=r".*\.1\..*", new_tokens=["<a>", "<b>"]))
     rows = {k: t for k, t in model.trainable().items() if k.startswith("rows:")}
     tied = bool(model.net.config.tie_word_embeddings)
@@ -192,7 +192,7 @@ def test_a_token_that_the_tokenizer_knew_starts_at_its_present_row(wide):
     torch.testing.assert_close(logits[..., :VOCAB], base, rtol=0, atol=1e-5)
     rows = next(t for k, t in model.trainable().items() if k.startswith("rows:"))
     with torch.no_grad():
-        rows += 1.0
+        rows[0] += torch.linspace(-1, 1, rows.shape[1]) ** 3
     changed = model.logits(torch.tensor([[5, 6]]))[0, :, :VOCAB] - Model(remake(kind)).logits(torch.tensor([[5, 6]]))[0]
     assert largest(changed[0]) > 0.01
 
@@ -223,7 +223,7 @@ def test_new_tokens_of_another_adapter_under_the_same_ids_are_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"<two>.*54.*53"):
         both.attach(tmp_path / "two", name="two")
     assert torch.equal(both.logits(IDS), before)
-    assert both.tokenizer("<two>")["input_ids"] == [0]
+    assert max(both.tokenizer("<two>")["input_ids"]) < VOCAB
     assert list(both.adapters) == ["one"]
 
 
@@ -285,10 +285,10 @@ def test_dropout_is_a_function_of_the_seed():
 
 
 def test_dropout_is_off_outside_training(net):
-    assert torch.equal(dropped(None), Model_without_dropout())
+    assert torch.equal(dropped(None), without_dropout())
 
 
-def Model_without_dropout() -> torch.Tensor:
+def without_dropout() -> torch.Tensor:
     model = Model(make_net("llama"))
     model.attach(Lora(rank=3, alpha=5))
     randomise(model)
@@ -338,5 +338,5 @@ def test_heads_and_embeddings_are_named_as_the_architecture_names_them():
     for kind in ("llama", "gpt2", "gpt_neox"):
         sites = Model(make_net(kind)).places.sites
         heads = [n for n, s in sites.items() if s.is_head]
-        assert [h.rsplit(".", 1)[-1] for h in heads] == [HEAD.get(kind, "lm_head")]
+        assert [h.rsplit(".", 1)[-1] for h in heads] == ["lm_head"]
         assert any(n.endswith(EMBEDDING.get(kind, "embed_tokens")) and s.kind == "embedding" for n, s in sites.items())

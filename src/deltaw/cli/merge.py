@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deltaw.errors import DataError
 
@@ -64,15 +65,15 @@ def _read(path: str) -> str:
 
 
 def _table(report: MergeReport) -> Table:
-    table = Table(show_header=False, title=f"{report.base} + {report.adapter[:12]}", title_justify="left")
-    table.add_row("written to", report.out)
+    table = Table(show_header=False, title=Text(f"{report.base} + {report.adapter[:12]}"), title_justify="left")
+    table.add_row("written to", Text(report.out))
     table.add_row("weights", f"{report.dtype}, {report.size_bytes / 1e6:,.1f} MB, {report.n_tensors} tensors")
     table.add_row("changed", f"{report.n_tensors_changed} tensors, by at most {report.largest_change:.3g} a weight")
     table.add_row("rounded away", f"{report.lost_share:.2%} of {report.n_weights_changed:,} changes, in {report.dtype}")
     if report.untied:
         table.add_row("untied", "head and embedding are two tensors now")
     if report.new_tokens:
-        table.add_row("new tokens", " ".join(report.new_tokens))
+        table.add_row("new tokens", Text(" ".join(report.new_tokens)))
     if report.probe is not None:
         p = report.probe
         table.add_row("logits apart", f"{p.logit_max:.3g} at most, {p.logit_mean:.3g} on average")

@@ -94,7 +94,6 @@ def bake(
     (NaN or Inf, a full disk).
     """
     started = time.monotonic()
-    tell = say or (lambda line: None)
     out = Path(out)
     _refuse_used(out)
     if dtype is not None and dtype not in OUT_DTYPES:
@@ -106,66 +105,79 @@ def bake(
     refuse_quantised(folder)
     fingerprint = fingerprint_folder(folder)
     compare(adapter.fingerprint, fingerprint, allow_other_base)
-    written_dtype = dtype or fingerprint.dtype
+    words = None if not measure else probe_text() if text is None else text
     with Checkpoint(folder) as checkpoint, torch.no_grad():
         source = Source(folder, checkpoint, adapter, fingerprint.dtype)
+        job = _Job(folder, fingerprint, adapter, source, dtype, say or (lambda line: None))
+        tally, probe = job.write(out, words, shard_bytes)
+    return job.report(out, tally, probe, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One merge whose inputs are read and known to be usable."""
+
+    folder: Path
+    fingerprint: BaseFingerprint
+    adapter: Adapter
+    source: Source
+    dtype: str | None
+    say: Say
+
+    @property
+    def written_dtype(self) -> str:
+        return self.dtype or self.fingerprint.dtype
+
+    def write(self, out: Path, words: str | None, shard_bytes: int) -> tuple[Tally, Probe | None]:
+        """Write the folder; compare logits on `words` unless they are None."""
+        source, adapter = self.source, self.adapter
         if source.loaded:
-            tell(
+            self.say(
                 f"the files name {source.missing[0]} and others in another way: loading the whole model "
                 "with transformers instead of merging shard by shard"
             )
         made, places = source.match(adapter)
         changes = changes_of(made, places, source.ties)
         vocab_size = grown_vocabulary(changes, source.net)
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(self.folder)
         grown = _grown_tokenizer(tokenizer, adapter)
-        expected = None
-        if measure:
-            tell("computing logits of the unmerged model")
-            words = probe_text() if text is None else text
-            expected = unmerged_logits(folder, adapter, tokenizer, words)
+        expected = probe = None
+        if words is not None:
+            self.say("computing logits of the unmerged model")
+            expected = unmerged_logits(self.folder, adapter, tokenizer, words)
         with whole_folder(out) as aside:
-            tell(f"writing {written_dtype} weights")
-            tally = write_weights(source, changes, aside, DTYPES[dtype] if dtype else None, shard_bytes)
-            untied = tally.untied or source.contradicts_tie
-            write_config(folder, aside, dtype=written_dtype, tied=False if untied else None, vocab_size=vocab_size)
-            write_beside(folder, aside, grown)
-            probe = None
+            self.say(f"writing {self.written_dtype} weights")
+            dtype = DTYPES[self.dtype] if self.dtype else None
+            tally = write_weights(source, changes, aside, dtype, shard_bytes)
+            tied = False if tally.untied or source.contradicts_tie else None
+            write_config(self.folder, aside, dtype=self.written_dtype, tied=tied, vocab_size=vocab_size)
+            write_beside(self.folder, aside, grown)
             if expected is not None:
-                tell("computing logits of the merged model")
+                self.say("computing logits of the merged model")
                 ids, wanted, kind = expected
-                probe = compare_folder(aside, written_dtype, ids, wanted, kind)
-    return _report(out, fingerprint, adapter, written_dtype, source, tally, probe, time.monotonic() - started)
+                probe = compare_folder(aside, self.written_dtype, ids, wanted, kind)
+        return tally, probe
 
-
-def _report(
-    out: Path,
-    fingerprint: BaseFingerprint,
-    adapter: Adapter,
-    dtype: str,
-    source: Source,
-    tally: Tally,
-    probe: Probe | None,
-    seconds: float,
-) -> MergeReport:
-    return MergeReport(
-        out=str(out),
-        base=fingerprint.short(),
-        adapter=adapter.id,
-        method=adapter.spec.name,
-        dtype=dtype,
-        route="loaded" if source.loaded else "shards",
-        untied=tally.untied,
-        new_tokens=adapter.spec.new_tokens,
-        n_tensors=tally.n_tensors,
-        n_tensors_changed=tally.n_tensors_changed,
-        n_weights_changed=tally.n_changed,
-        lost_share=tally.n_lost / max(tally.n_changed, 1),
-        largest_change=tally.largest,
-        probe=probe,
-        size_bytes=tally.n_bytes,
-        seconds=round(seconds, 3),
-    )
+    def report(self, out: Path, tally: Tally, probe: Probe | None, seconds: float) -> MergeReport:
+        """What `write` did."""
+        return MergeReport(
+            out=str(out),
+            base=self.fingerprint.short(),
+            adapter=self.adapter.id,
+            method=self.adapter.spec.name,
+            dtype=self.written_dtype,
+            route="loaded" if self.source.loaded else "shards",
+            untied=tally.untied,
+            new_tokens=self.adapter.spec.new_tokens,
+            n_tensors=tally.n_tensors,
+            n_tensors_changed=tally.n_tensors_changed,
+            n_weights_changed=tally.n_changed,
+            lost_share=tally.n_lost / max(tally.n_changed, 1),
+            largest_change=tally.largest,
+            probe=probe,
+            size_bytes=tally.n_bytes,
+            seconds=round(seconds, 3),
+        )
 
 
 def _refuse_used(out: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,33 +74,35 @@ class Checkpoint:
 
 
 class StoredWeight:
-    """A Weight (core/weight.py) whose matrix stays on the disk until it is asked for."""
+    """A Weight (core/weight.py) whose matrix stays on the disk and is read each time it is asked for."""
 
-    def __init__(self, shape: tuple[int, ...], transposed: bool, read: Any) -> None:
+    def __init__(self, shape: tuple[int, ...], transposed: bool, read: Callable[[], Tensor]) -> None:
         self.out_features, self.in_features = shape[::-1] if transposed else shape
         self.dtype = torch.float32
         self._read, self._transposed = read, transposed
 
+    def _now(self) -> DenseWeight:
+        return DenseWeight(self._read(), self._transposed)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as [out, in] of `dtype`."""
-        stored = self._read()
-        return (stored.T if self._transposed else stored).to(dtype)
+        return self._now().dense(dtype)
 
-    def mul(self, x: Tensor) -> Tensor:
-        """x W^T."""
-        return F.linear(x, self.dense(x.dtype))
+    def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias."""
+        return self._now().mul(x, bias)
 
     def mul_t(self, g: Tensor) -> Tensor:
         """g W."""
-        return g @ self.dense(g.dtype)
+        return self._now().mul_t(g)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Columns of W named by `ids`."""
-        return F.embedding(ids, self.dense().T)
+        return self._now().columns(ids)
 
     def like(self, dense: Tensor) -> DenseWeight:
         """A dense weight in memory that holds `dense`."""
-        return DenseWeight((dense.T if self._transposed else dense).contiguous(), self._transposed)
+        return self._now().like(dense)
 
     def nbytes(self) -> int:
         """Nothing of it is in memory."""

@@ -58,7 +58,7 @@ def compare_folder(folder: Path, dtype: str, ids: Tensor, wanted: Tensor, kind: 
     with torch.inference_mode():
         found = net(input_ids=ids, use_cache=False).logits[0]
     largest, total, same, n = 0.0, 0.0, 0, 0
-    for mine, theirs in zip(found.split(64), wanted.split(64), strict=True):
+    for mine, theirs in zip(torch.split(found, 64), torch.split(wanted, 64), strict=True):
         known = theirs > float("-inf")  # not so for vocabulary that no one has
         apart = (mine.float() - theirs)[known].abs()
         if not bool(torch.isfinite(apart).all()):

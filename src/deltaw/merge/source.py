@@ -13,30 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deltaw.core.adapter import Adapter
-from deltaw.core.weight import Weight
-from deltaw.errors import BaseError, NotMergeable
+from deltaw.errors import NotMergeable
 from deltaw.merge.checkpoint import Checkpoint, StoredWeight
 from deltaw.model.attachment import Attachment, Places, strict
+from deltaw.model.empty import empty_network
 from deltaw.model.load import load_transformers
 from deltaw.model.sites import find_sites
-from deltaw.model.starter import quiet
-
-
-def empty_network(folder: Path) -> PreTrainedModel:
-    """The network of a folder's config.json without memory for its weights. Raises BaseError."""
-    try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            net = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
-        raise BaseError(
-            f"{folder} is no causal language model that transformers knows: {problem}\n  Check its config.json."
-        ) from problem
-    net.tie_weights()
-    return net.eval()
 
 
 class Source:
@@ -81,7 +65,7 @@ class Source:
         base = {n: self.read(n) if n in replaced else t for n, t in self.tensors.items()}
         return strict(adapter, places, base), places
 
-    def _weight(self, name: str) -> Weight:
+    def _weight(self, name: str) -> StoredWeight:
         tensor = f"{name}.weight"
         shape = tuple(self.tensors[tensor].shape)
         return StoredWeight(shape, self.sites[name].kind != "linear", lambda: self.read(tensor))

@@ -144,8 +144,10 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     attachment = Attachment(spec, fingerprint=adapter.fingerprint, provenance=dict(adapter.provenance))
     try:
         targeted = {s.name for s in select(spec, list(places.sites.values()))} if not spec.trains_base else set()
+        swapped, owners = _swapped(spec, places), _owners(spec, places)
     except TargetError as error:
         targeted = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
+        swapped, owners = {}, set()
         problems.append(str(error).rstrip("."))
     unknown = [name for name in adapter.sites if name not in places.sites]
     if unknown:
@@ -158,8 +160,18 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
         attachment.sites[name] = {p: t.detach().clone() for p, t in params.items()}
     if absent := [name for name in places.sites if name in targeted and name not in adapter.sites]:
         problems.append(f"no tensors for {_some(absent)}, which its settings target")
+    given = {r.tensor for r in adapter.replaced}
+    biases = [
+        f"{name}.bias"
+        for name, site in places.sites.items()
+        if spec.wants(site) and name not in targeted | owners and name not in adapter.sites
+    ]
+    if absent := [tensor for tensor in (*swapped, *biases) if tensor not in given]:
+        problems.append(f"no tensors for {_some(absent)}, which its settings replace")
     for r in adapter.replaced:
         base = base_tensors.get(r.tensor)
+        if not bool(torch.isfinite(r.value).all()):
+            problems.append(f"{r.tensor} holds NaN or Inf")
         if base is None:
             problems.append(f"it replaces {r.tensor}, which this model does not have")
         elif r.rows is not None:
@@ -168,7 +180,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
             attachment.rows[r.tensor] = (torch.tensor(r.rows, dtype=torch.long), r.value.detach().clone())
         elif r.value.shape != base.shape:
             problems.append(f"{r.tensor} has shape {tuple(r.value.shape)}, this model's is {tuple(base.shape)}")
-        elif not torch.equal(r.value.to(base.dtype), base):
+        elif r.tensor in swapped or not torch.equal(r.value.to(base.dtype), base):  # PEFT saves unchanged embeddings
             attachment.swaps[r.tensor] = r.value.detach().clone()
     if problems:
         raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")

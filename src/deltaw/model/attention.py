@@ -142,9 +142,26 @@ AttentionMaskInterface.register(NAME, _no_mask)
 _LOCK = threading.RLock()
 
 
+def packs(net: PreTrainedModel) -> bool:
+    """Whether documents can share a row of `net`: only our attention may carry anything from token to token.
+
+    Not so where a model does not call attention through transformers' interface (BLOOM, GPT-J, Falcon), keeps a state
+    or a convolution over tokens (Mamba, RecurrentGemma), cuts the sequence into chunks or has attention sinks.
+    """
+    return (
+        bool(getattr(net, "_supports_attention_backend", False))
+        and not any(isinstance(m, nn.Conv1d) for m in net.modules())
+        and getattr(net.config.get_text_config(), "attention_chunk_size", None) is None
+        and not any(name.endswith("sinks") for name, _ in net.named_parameters())
+    )
+
+
 @contextmanager
 def packed_attention(net: PreTrainedModel) -> Iterator[None]:
-    """Use document attention inside the block; the model's own attention is back after it."""
+    """Use document attention inside the block, where `net` can; the model's own attention is back after it."""
+    if not packs(net):
+        yield
+        return
     with _LOCK:
         before = net.config._attn_implementation
         net.config._attn_implementation = NAME

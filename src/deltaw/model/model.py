@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from deltaw.data.pack import Batch
 from deltaw.errors import AdapterError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Places, fresh, strict
-from deltaw.model.attention import Documents, packed_attention
+from deltaw.model.attention import Documents, packed_attention, packs
 from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
 from deltaw.model.identity import compare
 from deltaw.model.load import refuse_unsupported
@@ -99,7 +100,7 @@ class Model:
             made.trainable = trainable
             self._refuse_fused(made)
             if made.spec.new_tokens:
-                self._take_tokens(made.spec.new_tokens)
+                self._take_tokens(made.spec.new_tokens, made)
             for tensor in made.parameters().values():
                 tensor.requires_grad_(trainable)
         self._install(name, made)
@@ -132,8 +133,16 @@ class Model:
         only = bool(made.sites) and all(self.places.sites[s].role in attention for s in made.sites)
         refuse_unsupported(self.net, attention_only=only)
 
-    def _take_tokens(self, tokens: tuple[str, ...]) -> list[int]:
-        self.tokenizer, ids = with_tokens(self.tokenizer, tokens)
+    def _take_tokens(self, tokens: tuple[str, ...], saved: Attachment | None = None) -> list[int]:
+        """Teach the tokenizer `tokens`; AdapterError when it gives them other ids than `saved` holds rows for."""
+        tokenizer, ids = with_tokens(self.tokenizer, tokens)
+        for tensor, (rows, _) in saved.rows.items() if saved else ():
+            if not set(ids) <= set(rows.tolist()):
+                raise AdapterError(
+                    f"The tokenizer gives {', '.join(tokens)} the ids {ids}, but the adapter's rows of {tensor} are "
+                    f"{rows.tolist()}. Attach it alone: another adapter's new tokens are in the way."
+                )
+        self.tokenizer = tokenizer
         return ids
 
     def add_tokens(self, tokens: list[str], name: str | None = None) -> list[int]:
@@ -161,14 +170,14 @@ class Model:
         for name in wanted:
             if name not in self.adapters:
                 raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")
-        if len(wanted) > 1:
+        if wanted and list(wanted.values()) != [1.0]:
             self._refuse_clash(list(wanted))
         self.run.use = {name: float(weight) for name, weight in wanted.items()}
 
     def _refuse_clash(self, names: list[str]) -> None:
         with_rows = [n for n in names if self.adapters[n].rows]
         if with_rows:
-            raise AdapterError(f"{with_rows[0]!r} has vocabulary of its own and cannot be summed with others.")
+            raise AdapterError(f"{with_rows[0]!r} has vocabulary of its own: it is used alone, with weight 1.")
         for name in names:
             for tensor in self.adapters[name].swaps:
                 owner = tensor.rpartition(".")[0]
@@ -282,6 +291,8 @@ class Model:
 
         With activation checkpointing the caller keeps `packed_attention` open through the backward.
         """
+        if not packs(self.net):
+            return self._one_by_one(batch)
         with packed_attention(self.net):
             out = self.net(
                 input_ids=batch.input_ids[None],
@@ -292,6 +303,15 @@ class Model:
             )
         logits: Tensor = out.logits[0]
         return logits
+
+    def _one_by_one(self, batch: Batch) -> Tensor:
+        """What `pack_logits` gives, for an architecture whose documents cannot share a row."""
+        parts = []
+        for start, end in itertools.pairwise(batch.bounds.tolist()):
+            at = batch.predict_at[(batch.predict_at >= start) & (batch.predict_at < end)] - start
+            if len(at):
+                parts.append(self.logits(batch.input_ids[None, start:end])[0, at])
+        return torch.cat(parts)
 
     def copy_tokenizer(self) -> Any:
         """A copy of the tokenizer that may be changed."""

@@ -107,7 +107,7 @@ def _target_modules(spec: MethodSpec, targeted: list[LinearSite]) -> list[str] |
         if isinstance(spec.targets, str) and spec.targets.lower() != ALL_LINEAR:
             return spec.targets
         return sorted({p.role for p in targeted}) if isinstance(spec.targets, str) else sorted(spec.targets)
-    return [p.name for p in targeted]
+    return sorted(p.name for p in targeted)
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -118,7 +118,9 @@ def adapter_folder(path: str | Path) -> Path:
             return folder
     if not path.exists():
         raise NotFound(f"No adapter at {path}: there is no such folder.")
-    raise AdapterError(f"{path} holds no adapter: {CONFIG} is missing.")
+    inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    hint = f" There is one in its folder {' and '.join(map(repr, inside))}." if inside else ""
+    raise AdapterError(f"{path} holds no adapter: {CONFIG} is missing.{hint}")
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -154,6 +156,11 @@ def read_adapter(path: str | Path) -> Adapter:
             f"{folder}: the adapter is not the one that was saved (its id is {adapter.id[:12]}, deltaw.json says "
             f"{str(ours.get('id'))[:12]}). A file was changed or damaged; restore it, or delete deltaw.json to "
             "read it as a foreign adapter."
+        )
+    if ours:
+        wanted = to_peft_config(adapter)
+        _agree(
+            config, {key: wanted.get(key) for key in ("target_modules", "modules_to_save", "trainable_token_indices")}
         )
     return adapter
 
@@ -195,13 +202,18 @@ def _spec(config: dict[str, Any], ours: dict[str, Any] | None) -> MethodSpec:
     spec = spec_from(ours["spec"])
     wanted = spec.to_peft([])
     wanted.pop("fan_in_fan_out", None)
+    _agree(config, wanted)
+    return spec
+
+
+def _agree(config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise AdapterError where PEFT's file says something else than ours."""
     for key, value in wanted.items():
         if key in config and config[key] != value:
             raise AdapterError(
                 f"{CONFIG} and {OURS} disagree on {key}: {config[key]!r} and {value!r}. "
                 f"Undo the edit, or delete {OURS} to read it as a foreign adapter."
             )
-    return spec
 
 
 def _understood(
@@ -222,7 +234,7 @@ def _understood(
             site = path.removesuffix("." + hit)
             param, kinds[site] = suffixes[hit]
             sites.setdefault(site, {})[param] = tensor
-        elif path.endswith(".base_layer.bias"):
+        elif path.endswith(".base_layer.bias") and getattr(spec, "bias", "none") != "none":
             sites.setdefault(path.removesuffix(".base_layer.bias"), {})["bias"] = tensor
         elif path.endswith(_TOKENS):
             module = path.removesuffix(_TOKENS)

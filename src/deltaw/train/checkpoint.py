@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from deltaw.errors import RunError
 from deltaw.store.files import whole_folder, write_text
 
 KEEP = 2
+_LEFT = re.compile(r"\.(adapter|last|model|run\.json|done\.json|\d{8})\.[0-9a-f]{8}(\.part|\.old)?")
+"""Names under which store/files.py writes aside."""
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +54,10 @@ def machine() -> dict[str, Any]:
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold `out` for this process; RunError when another one trains there. A killed process holds nothing."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be a run's folder: {error.strerror}. Choose another --out.") from None
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -63,35 +69,50 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def open_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> bool:
-    """Begin a run in `out`, or find that the same run is there. Returns whether it was there.
+def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> bool:
+    """Whether this run is in `out` already; nothing is written.
 
     Raises RunError when `out` holds another run, or this one from another machine or other versions.
     """
     path = out / "run.json"
     identity = json.loads(json.dumps(identity))
     if not path.exists():
-        others = [p.name for p in out.iterdir() if p.name != ".lock" and not p.name.startswith(".run.json")]
+        others = [p.name for p in out.iterdir() if p.name != ".lock" and not _LEFT.fullmatch(p.name)]
         if others:
             raise RunError(f"{out} holds something that is not a run ({others[0]}). Choose another --out.")
-        write_text(path, json.dumps(identity, indent=1) + "\n")
         return False
     try:
         there = json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. Choose another --out.") from None
-    fixed = [k for k in identity if k not in ("versions", "machine") and there.get(k) != identity[k]]
-    if fixed:
-        raise RunError(
-            f"{out} holds another run: its {_what_differs(there, identity, fixed)}. Choose another --out, or remove it."
-        )
-    moved = [k for k in ("versions", "machine") if there.get(k) != identity[k]]
+    fixed = [k for k in identity if k not in ("versions", "machine")]
+    if told := _what_differs(_by_content(there), _by_content(identity), fixed):
+        raise RunError(f"{out} holds another run: its {told}. Choose another --out, or remove it.")
+    moved = _what_differs(there, identity, ["versions", "machine"])
     if moved and not allow_other_machine:
         raise RunError(
-            f"{out} was begun elsewhere: its {_what_differs(there, identity, moved)}. It would not go on bit for bit; "
+            f"{out} was begun elsewhere: its {moved}. It would not go on bit for bit; "
             "pass --allow-other-machine to go on all the same."
         )
     return True
+
+
+def begin_run(out: Path, identity: dict[str, Any]) -> None:
+    """Make `out` this run's folder, and clear away what a kill left half written."""
+    if not (out / "run.json").exists():
+        write_text(out / "run.json", json.dumps(identity, indent=1) + "\n")
+    for left in (*out.glob(".*"), *(out / "checkpoints").glob(".*")):
+        if _LEFT.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _by_content(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity without paths: base, rows and labels are compared by what they hold, wherever they are."""
+    recipe = {name: dict(part) if isinstance(part, dict) else part for name, part in identity["recipe"].items()}
+    for section, keys in (("base", ("path",)), ("data", ("train", "valid")), ("eval", ("labels",))):
+        for key in keys:
+            recipe[section].pop(key, None)
+    return {**identity, "recipe": recipe}
 
 
 def _what_differs(there: dict[str, Any], here: dict[str, Any], keys: list[str], most: int = 3) -> str:
@@ -118,8 +139,6 @@ def save_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dic
     kept = sorted(p for p in target.parent.iterdir() if not p.name.startswith("."))
     for old in kept[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    for left in target.parent.glob(".*"):  # what a kill left half written
-        shutil.rmtree(left, ignore_errors=True)
     return target
 
 

@@ -51,6 +51,7 @@ def evaluate_rows(
     Raises RecipeError for an unknown metric, DataError for rows that it cannot judge.
     """
     check_metric(metric)
+    check_rows(rows, metric, labels)
     began = time.perf_counter()
     if metric == "perplexity":
         result = _perplexity(model, rows, spec)
@@ -65,6 +66,26 @@ def check_metric(metric: str) -> None:
     """Raise RecipeError, with the near name, for a metric that does not exist."""
     if metric not in METRICS:
         raise RecipeError(f"Unknown metric {metric!r}.{near(metric, METRICS)} Known: {', '.join(METRICS)}.")
+
+
+def check_rows(rows: Sequence[Row], metric: str, labels: list[str] | None = None) -> None:
+    """Raise DataError for a row that `metric` cannot judge."""
+    for row in rows:
+        if metric in ("exact", "json"):
+            text = completion_of(row).strip()
+            if metric == "json" and _parsed(text) is None:
+                raise DataError(f"{row.where}: the completion is no JSON: {text[:60]!r}. Use --metric exact.")
+        elif metric == "choice":
+            _check_options(row, labels if labels is not None else row.choices)
+
+
+def _check_options(row: Row, options: Sequence[str] | None) -> None:
+    if not options:
+        raise DataError(f"{row.where}: metric 'choice' needs --labels, or a list under \"choices\" in each row.")
+    if row.prompt is None or row.completion is None:
+        raise DataError(f"{row.where}: metric 'choice' needs prompt/completion rows.")
+    if row.completion.strip() not in [o.strip() for o in options]:
+        raise DataError(f"{row.where}: completion {row.completion!r} is none of the labels {options[:8]}.")
 
 
 def data_spec(model: Model, template: str | None, max_tokens: int) -> DataSpec:
@@ -113,10 +134,6 @@ def _answers(
     predictions: bool,
 ) -> dict[str, Any]:
     wanted = [completion_of(row).strip() for row in rows]
-    if metric == "json":
-        for row, text in zip(rows, wanted, strict=True):
-            if _parsed(text) is None:
-                raise DataError(f"{row.where}: the completion is no JSON: {text[:60]!r}. Use --metric exact.")
     tokenizer = model.tokenizer
     prompts = [prompt_ids(row, tokenizer, spec) for row in rows]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
@@ -145,12 +162,17 @@ def _answers(
     return result
 
 
-def _parsed(text: str) -> Any:
-    """The JSON value of `text` in a box, so that null is a value; None when it is no JSON."""
+def _parsed(text: str) -> str | None:
+    """`text` as canonical JSON, equal for equal values (1 and 1.0, not 1 and true); None when it is no JSON."""
     try:
-        return [json.loads(text)]
-    except ValueError:
+        return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
+    except (ValueError, RecursionError):  # an answer may be nothing but brackets
         return None
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 @torch.no_grad()
@@ -190,14 +212,8 @@ def _choice(
     candidates: list[Row] = []
     spans: list[tuple[int, list[str], int]] = []
     for row in rows:
-        options = labels if labels is not None else row.choices
-        if not options:
-            raise DataError(f"{row.where}: metric 'choice' needs --labels, or a list under \"choices\" in each row.")
-        if row.prompt is None or row.completion is None:
-            raise DataError(f"{row.where}: metric 'choice' needs prompt/completion rows.")
-        if row.completion.strip() not in [o.strip() for o in options]:
-            raise DataError(f"{row.where}: completion {row.completion!r} is none of the labels {options[:8]}.")
-        answer = [o.strip() for o in options].index(row.completion.strip())
+        options = labels if labels is not None else row.choices or ()
+        answer = [o.strip() for o in options].index((row.completion or "").strip())
         spans.append((len(candidates), list(options), answer))
         candidates += [replace(row, completion=option) for option in options]
     examples = encode_all(candidates, model.tokenizer, spec.model_copy(update={"too_long": "error"})).examples

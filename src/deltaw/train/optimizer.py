@@ -29,7 +29,7 @@ def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
 
     Warm-up is linear over warmup_ratio * n_steps steps and reaches `lr` at its last; then the schedule.
     """
-    warm = math.ceil(spec.warmup_ratio * n_steps)
+    warm = math.ceil(round(spec.warmup_ratio * n_steps, 9))  # 0.07 * 100 is a little more than 7
     if step < warm:
         return spec.lr * (step + 1) / warm
     if spec.schedule == "constant":

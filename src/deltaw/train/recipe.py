@@ -91,8 +91,18 @@ class TrainSpec(BaseModel):
         for key, value in positive.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{key} must be a finite number above 0, not {value}")
-        if not (math.isfinite(self.clip) and self.clip >= 0):
-            raise ValueError(f"clip must be 0 or above, not {self.clip}")
+        o = self.optimizer
+        not_negative = {
+            "clip": self.clip,
+            "save_every_s": self.save_every_s,
+            "optimizer.weight_decay": o.weight_decay,
+            "optimizer.eps": o.eps,
+        }
+        for key, value in not_negative.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{key} must be 0 or above, not {value}")
+        if not all(0 <= beta < 1 for beta in o.betas):
+            raise ValueError(f"optimizer.betas must be at least 0 and below 1, not {list(o.betas)}")
         for key in ("warmup_ratio", "final_lr_ratio"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be between 0 and 1, not {getattr(self, key)}")
@@ -177,7 +187,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         return source if not overrides else load_recipe(source.plain(), overrides)
     folder = None
     if isinstance(source, dict):
-        plain, name = json.loads(json.dumps(source)), "recipe"
+        plain, name = json.loads(json.dumps(source, default=_as_plain)), "recipe"
     else:
         plain, folder, name = _read(Path(source)), Path(source).parent, str(source)
     for override in overrides:
@@ -189,6 +199,11 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     except TypeError as error:
         raise RecipeError(f"{name}: keys must be words: {error}") from None
     return recipe if folder is None else _with_paths(recipe, folder)
+
+
+def _as_plain(value: Any) -> Any:
+    """A method's settings, a part of a recipe or a path inside plain data, as plain data."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -214,6 +229,9 @@ _Loader.add_implicit_resolver(
 )
 
 
+_SHORT = {"base": "path", "optimizer": "name"}  # sections that a word alone stands for
+
+
 def _override(plain: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -224,15 +242,15 @@ def _override(plain: dict[str, Any], override: str) -> None:
         inner = place.get(part)
         if inner is None:
             inner = place[part] = {}
-        elif isinstance(inner, str) and part == "base":
-            inner = place[part] = {"path": inner}
+        elif isinstance(inner, str) and part in _SHORT:
+            inner = place[part] = {_SHORT[part]: inner}
         if not isinstance(inner, dict):
             raise RecipeError(f"{override!r}: {part!r} holds {inner!r}, not settings.")
         place = inner
     try:
         place[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r}: the value is not YAML: {error}") from None
+        raise RecipeError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

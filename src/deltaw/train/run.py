@@ -18,8 +18,16 @@ from deltaw.model.base import best_dtype, load_base
 from deltaw.model.model import Model
 from deltaw.store.files import space_explained, whole_folder, write_text
 from deltaw.store.peft import write_adapter
-from deltaw.train.checkpoint import locked, machine, newest_checkpoint, open_run, save_checkpoint, versions
-from deltaw.train.evaluate import evaluate_rows
+from deltaw.train.checkpoint import (
+    begin_run,
+    find_run,
+    locked,
+    machine,
+    newest_checkpoint,
+    save_checkpoint,
+    versions,
+)
+from deltaw.train.evaluate import check_rows, evaluate_rows
 from deltaw.train.events import Done, Eval, Event, Saved, Start
 from deltaw.train.loop import Evaluate, Loop, peak_rss_mb
 from deltaw.train.loss import find_loss
@@ -96,12 +104,13 @@ def _train(
         "recipe": recipe.plain(),
         "data": data_hash(rows),
         "valid": data_hash(valid) if valid is not None else None,
+        "labels": labels,
         "base": None if model.fingerprint is None else model.fingerprint.model_dump(),
         "dtype": dtype,
         "versions": versions(),
         "machine": machine(),
     }
-    was_there = open_run(out, identity, allow_other_machine)
+    was_there = find_run(out, identity, allow_other_machine)
     finished = out / "done.json"
     if was_there and finished.exists():
         yield Done(**json.loads(finished.read_text()))
@@ -110,14 +119,14 @@ def _train(
     encoded = encode_all(rows, model.tokenizer, recipe.data)
     evaluate = _evaluation(model, recipe, valid, labels)
     loop = Loop(model, encoded.examples, recipe, evaluate)
+    begin_run(out, identity)  # only now: a folder is not taken by a recipe that cannot run
     keep_bytes = 0
     if was_there and (found := newest_checkpoint(out)) is not None:
         tensors, state = found
         keep_bytes = int(state.pop("metrics_bytes"))
         loop.restore(tensors, state)
-    sinks: list[Any] = [metrics := MetricsFile(out / "metrics.jsonl", keep_bytes)]
-    if recipe.train.tensorboard:
-        sinks.append(TensorBoard(out / "tensorboard", loop.progress.step))
+    board = [TensorBoard(out / "tensorboard", loop.progress.step)] if recipe.train.tensorboard else []
+    sinks: list[Any] = [metrics := MetricsFile(out / "metrics.jsonl", keep_bytes), *board]
     try:
         for event in _events(loop, encoded, identity, out, metrics):
             if not isinstance(event, Saved):
@@ -138,12 +147,14 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
         return None
     loss_of = find_loss(recipe.train.loss)
     examples = encode_all(valid, model.tokenizer, recipe.data).examples
+    rows = valid[: spec.limit] if spec.limit else valid
+    if spec.metric != "loss":
+        check_rows(rows, spec.metric, labels)
 
     def evaluate() -> tuple[float, float | None]:
         loss = mean_loss(model, examples, loss_of)
         if spec.metric == "loss":
             return loss, loss
-        rows = valid[: spec.limit] if spec.limit else valid
         result = evaluate_rows(model, rows, spec.metric, recipe.data, labels=labels, max_new_tokens=spec.max_new_tokens)
         return result["value"], loss
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class MetricsFile:
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self._path = path
         self._file = open(path, "ab")  # noqa: SIM115  (held for the whole run, closed in close())
-        self._file.truncate(keep_bytes)
+        self._file.truncate(min(keep_bytes, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
 
     def write(self, event: Event) -> None:
@@ -28,25 +29,27 @@ class MetricsFile:
 
     def position(self) -> int:
         """Bytes written so far, safely on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with space_explained("metrics.jsonl", self._path.parent):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk does not take has been reported by write
+            self._file.close()
 
 
 class TensorBoard:
     """Scalars of steps and evaluations under RUN/tensorboard; needs the `tensorboard` extra."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, steps_done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise RecipeError(
                 "train.tensorboard needs the tensorboard package: pip install 'deltaw[tensorboard]'."
             ) from None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=steps_done + 1)
 
     def write(self, event: Event) -> None:
         if isinstance(event, Step):

@@ -13,6 +13,8 @@ from deltaw.model.model import Model
 from deltaw.model.recompute import recomputed_blocks
 from deltaw.train.loss import Loss
 
+_SEEDS = 2**42  # hosts multiply by a million, and a generator takes 63 bits
+
 
 def step_gradient(
     model: Model,
@@ -34,7 +36,7 @@ def step_gradient(
     try:
         for number, micro in enumerate(split_micro(range(len(examples)), lengths, micro_tokens)):
             batch = collate([examples[i] for i in micro])
-            model.run.seed = seed * 4096 + number
+            model.run.seed = (seed * 4096 + number) % _SEEDS
             with packed_attention(model.net):
                 if checkpointing:
                     with recomputed_blocks(model.net):

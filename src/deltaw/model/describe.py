@@ -1,0 +1,73 @@
+"""What a base is: architecture, sizes, fingerprint, and its linear maps by role. No weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deltaw.core.fingerprint import checkpoint_files, fingerprint_folder
+from deltaw.core.site import LinearSite
+from deltaw.errors import BaseError
+from deltaw.model.empty import empty_network
+from deltaw.model.load import refuse_unsupported, resolve_base
+from deltaw.model.sites import find_sites
+from deltaw.model.starter import Say
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
+    """A base (what resolve_base takes) as plain data. Raises BaseError."""
+    folder = resolve_base(path, say=say)
+    fingerprint = fingerprint_folder(folder)
+    net = empty_network(folder)
+    config = net.config.get_text_config()
+    head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    try:
+        refuse_unsupported(net, attention_only=False)
+        unsupported = None
+    except BaseError as error:
+        unsupported = str(error)
+    return {
+        "kind": "base",
+        "path": str(folder),
+        "name": fingerprint.name,
+        "architecture": type(net).__name__,
+        "model_type": fingerprint.model_type,
+        "n_parameters": fingerprint.parameters,
+        "dtype": fingerprint.dtype,
+        "size_mb": round(sum(f.stat().st_size for f in checkpoint_files(folder)) / 1e6, 3),
+        "sizes": {k: v for k in SIZES if (v := getattr(config, k, None)) is not None},
+        "tied": bool(head is not None and head.weight is embedding.weight),
+        "has_tokenizer": bool(fingerprint.tokenizer),
+        "has_chat_template": bool(fingerprint.chat_template),
+        "unsupported": unsupported,
+        "linear_maps": _by_role(find_sites(net).values()),
+        "fingerprint": fingerprint.model_dump(),
+    }
+
+
+def _by_role(sites: Iterable[LinearSite]) -> list[dict[str, Any]]:
+    """Sites of the same role, kind and size counted together, in the model's order."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for site in sites:
+        row = {
+            "role": site.role,
+            "kind": site.kind,
+            "out_features": site.out_features,
+            "in_features": site.in_features,
+            "bias": site.has_bias,
+            "head": site.is_head,
+        }
+        entry = found.setdefault(tuple(row.values()), {**row, "count": 0})
+        entry["count"] += 1
+    return list(found.values())
