@@ -1,6 +1,6 @@
 """The parts of the documentation that follow from the code: made here, compared in test_house_docs.py.
 
-    python tests/house/house_pages.py        writes the generated block of docs/cli.md again
+python tests/house/house_pages.py        writes the generated block of docs/cli.md again
 """
 
 from __future__ import annotations

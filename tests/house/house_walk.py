@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -53,13 +53,33 @@ def called(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def asserts(function: Function) -> bool:
-    """Whether a test can fail by its own words: assert, pytest.raises or warns or fail, or an assert_ call."""
+def asserts(function: ast.AST, helpers: Collection[str] = ()) -> bool:
+    """Whether a test can fail by its own words: assert, pytest.raises or warns or fail, an assert_ call, or a
+    call of one of `helpers`."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
         if isinstance(node, ast.Call):
             name = called(node)
-            if name in ("pytest.raises", "pytest.warns", "pytest.fail") or "assert_" in name.rpartition(".")[2]:
+            last = name.rpartition(".")[2]
+            if name in ("pytest.raises", "pytest.warns", "pytest.fail") or last.startswith("assert_"):
+                return True
+            if name in helpers:
                 return True
     return False
+
+
+def asserting_helpers(tree: ast.Module, elsewhere: Mapping[str, Collection[str]]) -> set[str]:
+    """Functions that are not tests, can fail by their own words, and are defined in this file or imported from
+    one of the test suite's own modules (`elsewhere`: module -> its asserting helpers)."""
+    found = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in elsewhere
+        for alias in node.names
+        if alias.name in elsewhere[node.module]
+    }
+    own = [f for f in functions(tree) if not f.name.startswith("test_")]
+    while more := {f.name for f in own if f.name not in found and asserts(f, found)}:
+        found |= more
+    return found

@@ -63,6 +63,12 @@ def test_a_pack_equals_its_documents_one_at_a_time(kind):
     compare(wear(kind), documents())
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("lengths", [(3, 3, 9, 10, 31, 31), (7, 7, 7), (12,)])
+def test_a_pack_sorted_by_length_equals_its_documents_too(kind, lengths):
+    compare(wear(kind), documents(lengths))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi", "opt"])
 def test_long_documents_take_torchs_attention_and_stay_equal(kind, monkeypatch):
     monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", 8)
@@ -204,9 +210,18 @@ def test_groups_hold_every_token_once_and_documents_of_like_length():
     assert sorted(torch.cat([g.put for g in grouped.groups]).tolist()) == list(range(95))
     assert sum(g.n for g in grouped.groups) == 8
     assert len(grouped.groups) < 8
+    assert not grouped.in_order
     for g in grouped.groups:
-        assert g.take.shape == (g.n * g.length,)
-        assert torch.equal(g.take[g.real], g.put)
+        assert len(g.real) == len(g.put) <= g.n * g.length
+        if g.start is not None:
+            assert torch.equal(g.put, torch.arange(g.start, g.start + len(g.put)))
+
+
+def test_a_pack_sorted_by_length_is_grouped_where_it_stands():
+    grouped = Documents.of(torch.tensor([0, 2, 4, 13, 30, 61, 92]))
+    assert grouped.in_order
+    assert [g.start for g in grouped.groups] == [0, 4, 30]
+    assert torch.equal(torch.cat([g.put for g in grouped.groups]), torch.arange(92))
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])

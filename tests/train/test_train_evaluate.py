@@ -74,9 +74,7 @@ def texts_one_by_one(model: Model, net: nn.Module, rows: list[dict], most: int) 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_greedy_batches_are_transformers_one_at_a_time(
-    learned: Model, net: nn.Module, batch_size: int
-) -> None:
+def test_greedy_batches_are_transformers_one_at_a_time(learned: Model, net: nn.Module, batch_size: int) -> None:
     rows = [*ROWS, {"prompt": "a much longer prompt than all the others, so that padding shows", "completion": ""}]
     prompts = [prompt_ids(row, learned.tokenizer, SPEC) for row in read_rows(rows)]
     wanted = one_by_one(net, prompts, 9, learned.tokenizer.eos_token_id)
@@ -121,9 +119,7 @@ def test_no_prompts_give_no_answers(learned: Model) -> None:
 # exact and json -------------------------------------------------------------------------------------
 
 
-def test_exact_is_the_share_of_equal_answers_with_and_without_giving_up(
-    learned: Model, net: nn.Module
-) -> None:
+def test_exact_is_the_share_of_equal_answers_with_and_without_giving_up(learned: Model, net: nn.Module) -> None:
     answers = texts_one_by_one(learned, net, ROWS, 13)
     right = [a == row["completion"] for a, row in zip(answers, ROWS, strict=True)]
     assert 0 < sum(right) < len(right), "the adapter should know some rows and not others"
@@ -160,9 +156,7 @@ class Saying(Model):
     def __init__(self, inner: Model, says: dict[str, str]) -> None:
         super().__init__(inner.net, inner.tokenizer)
         tokenizer, end = inner.tokenizer, inner.tokenizer.eos_token_id
-        self.rows = {
-            tuple(tokenizer(p)["input_ids"]): [*tokenizer(" " + a)["input_ids"], end] for p, a in says.items()
-        }
+        self.rows = {tuple(tokenizer(p)["input_ids"]): [*tokenizer(" " + a)["input_ids"], end] for p, a in says.items()}
         self.net = self  # generate() calls model.net(...)
         self.config, self.generation_config = inner.net.config, inner.net.generation_config
 
@@ -235,9 +229,7 @@ def test_json_needs_completions_that_are_json(learned: Model) -> None:
 # choice and perplexity ------------------------------------------------------------------------------
 
 
-def test_choice_picks_the_likeliest_label_by_its_summed_log_likelihood(
-    learned: Model, net: nn.Module
-) -> None:
+def test_choice_picks_the_likeliest_label_by_its_summed_log_likelihood(learned: Model, net: nn.Module) -> None:
     answers = []
     for row in ROWS:
         scores = []
@@ -304,7 +296,7 @@ def test_perplexity_counts_the_rows_it_cut(learned: Model) -> None:
 
 
 def test_an_unknown_metric_is_refused_with_the_near_one(learned: Model) -> None:
-    with pytest.raises(RecipeError, match="Unknown metric 'exakt'. Did you mean 'exact'"):
+    with pytest.raises(RecipeError, match=r"Unknown metric 'exakt'. Did you mean 'exact'"):
         check_metric("exakt")
     with pytest.raises(RecipeError, match="Known: exact, json, choice, perplexity"):
         evaluate_rows(learned, read_rows(ROWS), "bleu", SPEC)
@@ -337,10 +329,10 @@ def test_a_bad_labels_file_is_refused_by_name(tmp_path: Path, text: str, said: s
 
 
 def test_a_missing_labels_file_is_refused_and_a_good_one_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent.json"):
+    with pytest.raises(DataError, match=r"absent.json"):
         read_labels(tmp_path / "absent.json")
     (tmp_path / "latin.json").write_bytes('["\xe9t\xe9", "b"]'.encode("latin-1"))
-    with pytest.raises(DataError, match="latin.json"):
+    with pytest.raises(DataError, match=r"latin.json"):
         read_labels(tmp_path / "latin.json")
     (tmp_path / "labels.json").write_text(json.dumps(LABELS))
     assert read_labels(tmp_path / "labels.json") == LABELS

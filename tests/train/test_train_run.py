@@ -108,9 +108,7 @@ def test_an_evaluation_s_value_is_the_mean_loss_on_the_validation_rows(
 
 
 @pytest.mark.parametrize("metric", ["exact", "json", "choice", "perplexity"])
-def test_a_task_metric_in_training_is_what_evaluation_gives_afterwards(
-    base: Path, tmp_path: Path, metric: str
-) -> None:
+def test_a_task_metric_in_training_is_what_evaluation_gives_afterwards(base: Path, tmp_path: Path, metric: str) -> None:
     rows = [{"prompt": f"{i}", "completion": '"a"' if i % 2 else "{}"} for i in range(6)]
     (tmp_path / "labels.json").write_text(json.dumps(['"a"', "{}"]))
     settings: dict[str, Any] = {"metric": metric, "every_steps": 10, "limit": 4, "keep": "last"}
@@ -229,9 +227,7 @@ def test_tensorboard_gets_readable_scalars(base: Path, tmp_path: Path) -> None:
     read.Reload()
     steps = [e for e in events if isinstance(e, Step)]
     assert set(read.Tags()["scalars"]) >= {"train/loss", "train/lr", "train/grad_norm", "valid/loss"}
-    assert [(s.step, s.value) for s in read.Scalars("train/loss")] == [
-        (e.step, pytest.approx(e.loss)) for e in steps
-    ]
+    assert [(s.step, s.value) for s in read.Scalars("train/loss")] == [(e.step, pytest.approx(e.loss)) for e in steps]
 
 
 class FakeWriter:
@@ -363,9 +359,9 @@ def test_bad_input_is_one_error_and_does_not_take_the_folder(
 
 
 def test_missing_rows_are_named(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="data.train is missing"):
+    with pytest.raises(RecipeError, match=r"data.train is missing"):
         list(deltaw.train(recipe(base), tmp_path / "run"))
-    with pytest.raises(DataError, match="absent.jsonl"):
+    with pytest.raises(DataError, match=r"absent.jsonl"):
         list(deltaw.train(recipe(base, data={"train": str(tmp_path / "absent.jsonl")}), tmp_path / "run"))
 
 
@@ -382,7 +378,7 @@ def test_a_folder_of_something_else_or_a_file_is_refused(base: Path, tmp_path: P
 def test_a_broken_run_file_is_named(base: Path, tmp_path: Path) -> None:
     run(recipe(base, train={"steps": 1}), tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text('{"recipe": {')
-    with pytest.raises(RunError, match="run.json is damaged"):
+    with pytest.raises(RunError, match=r"run.json is damaged"):
         run(recipe(base, train={"steps": 1}), tmp_path / "run")
 
 
@@ -449,8 +445,6 @@ def test_a_full_disk_under_metrics_jsonl_is_one_sentence(
 
         def truncate(self, size: int) -> None: ...
 
-    monkeypatch.setattr(
-        "deltaw.train.sinks.open", lambda path, mode: Full(), raising=False
-    )
+    monkeypatch.setattr("deltaw.train.sinks.open", lambda path, mode: Full(), raising=False)
     with pytest.raises(WorkFailed, match=r"No space left while writing metrics.jsonl"):
         run(recipe(base), tmp_path / "run")

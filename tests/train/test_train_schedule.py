@@ -52,9 +52,7 @@ def test_a_fraction_of_an_epoch_is_that_fraction_of_its_steps(epochs: float) -> 
     n_next = Schedule(LENGTHS, spec(epochs=whole + 1)).n_steps - n_whole
     schedule = Schedule(LENGTHS, spec(epochs=epochs))
     assert schedule.n_steps == n_whole + max(1, round(n_next * (epochs - whole)))
-    assert schedule.epochs_done(schedule.n_steps) == pytest.approx(
-        whole + (schedule.n_steps - n_whole) / n_next
-    )
+    assert schedule.epochs_done(schedule.n_steps) == pytest.approx(whole + (schedule.n_steps - n_whole) / n_next)
     seen = Counter(all_rows(schedule, range(schedule.n_steps)))
     assert max(seen.values()) <= whole + 1
     assert min(seen[r] for r in range(len(LENGTHS))) >= whole

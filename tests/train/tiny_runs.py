@@ -8,10 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from models import make_net
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from models import make_net
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -31,11 +31,14 @@ def evaluate(
 ) -> None:
     """Measure a base, or a base with an adapter, on rows."""
     from deltaw.data.source import read_rows
+    from deltaw.errors import DataError
     from deltaw.model.base import load_base
     from deltaw.store.files import write_text
     from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows, read_labels
 
     check_metric(metric)
+    if predictions is not None and not predictions.parent.is_dir():
+        raise DataError(f"--predictions: the folder {predictions.parent} does not exist.")
     rows = read_rows(data)[:limit]
     names = read_labels(labels) if labels else None
     model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))

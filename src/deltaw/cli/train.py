@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +33,15 @@ def train(
         allow_other_machine=allow_other_machine,
         say=lambda text: console.print(text, highlight=False),
     )
-    if as_json:
-        for event in events:
-            typer.echo(json.dumps(event.plain()))
-        return
-    _show(events, Console())
+    try:
+        if as_json:
+            for event in events:
+                typer.echo(json.dumps(event.plain()))
+        else:
+            _show(events, Console())
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
 
 
 def _show(events: Any, console: Console) -> None:
@@ -48,10 +53,11 @@ def _show(events: Any, console: Console) -> None:
         TimeRemainingColumn(),
         console=console,
     )
+    first = next(events)  # what cannot begin is an error, without a bar
     with bar:
         task = bar.add_task("train", total=None, state="loading")
         last_line = 0.0
-        for event in events:
+        for event in chain([first], events):
             e = event.plain()
             kind = e["event"]
             if kind == "start":

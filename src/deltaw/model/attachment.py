@@ -14,7 +14,7 @@ from deltaw.core.affine import check
 from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec, Params
-from deltaw.core.targets import select
+from deltaw.core.targets import matches, select
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, ShapeError, TargetError, near
 
@@ -139,7 +139,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
 
     Raises AdapterError that lists unknown places, missing parameters and wrong shapes.
     """
-    spec = adapter.spec
+    spec = adapter.spec if adapter.fingerprint is not None else _there_only(adapter.spec, places)
     problems: list[str] = []
     attachment = Attachment(spec, fingerprint=adapter.fingerprint, provenance=dict(adapter.provenance))
     try:
@@ -185,6 +185,17 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     if problems:
         raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")
     return attachment
+
+
+def _there_only(spec: MethodSpec, places: Places) -> MethodSpec:
+    """A foreign adapter's settings without names that match nothing: PEFT saves such lists (its #1959).
+
+    No tensor can be missed by this: each one that is there must still find its place.
+    """
+    if isinstance(spec.targets, str):
+        return spec
+    there = tuple(t for t in spec.targets if any(matches((t,), name) for name in places.sites))
+    return spec.model_copy(update={"targets": there}) if there else spec
 
 
 def _misfit(spec: MethodSpec, places: Places, name: str, params: Params, targeted: bool) -> list[str]:

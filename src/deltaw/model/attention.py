@@ -30,48 +30,96 @@ _SLACK = 1.25  # a group holds documents at most this much shorter than its long
 
 @dataclass(frozen=True)
 class Group:
-    """Documents computed together.
+    """n documents computed together, padded to `length` tokens.
 
-    take   [n * L] positions in the pack, padding points at its document's first token
-    real   [m] places in [n * L] that are real tokens;  put [m] their positions in the pack
+    real   [m] places in [n * length] that are real tokens;  put [m] their positions in the pack
+    start  where in the pack the group begins, if its tokens follow one another there as in `real`; else None
     """
 
     n: int
     length: int
-    take: Tensor
     real: Tensor
     put: Tensor
+    start: int | None
 
 
 @dataclass(frozen=True)
 class Documents:
-    """How a pack of T tokens falls into groups of documents."""
+    """How a pack of T tokens falls into groups of documents.
+
+    in_order  whether the groups, one after the other, are the pack
+    """
 
     n_tokens: int
     groups: tuple[Group, ...]
+    in_order: bool
 
     @classmethod
     def of(cls, bounds: Tensor) -> Documents:
-        """From document bounds [D + 1], the first 0 and the last T."""
+        """From document bounds [D + 1], the first 0 and the last T. A pack sorted by length needs no shuffling."""
         starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
-        order = sorted(range(len(starts)), key=lambda d: (-int(lengths[d]), d))
+        sizes = lengths.tolist()
+        order = sorted(range(len(sizes)), key=lambda d: (sizes[d], d))
         groups: list[Group] = []
         while order:
-            longest = int(lengths[order[0]])
-            n = 1
-            while n < len(order) and int(lengths[order[n]]) * _SLACK + 8 >= longest:
-                n += 1
-            groups.append(_group(starts[order[:n]], lengths[order[:n]], longest))
-            order = order[n:]
-        return cls(int(bounds[-1]), tuple(groups))
+            longest = sizes[order[-1]]
+            first = len(order) - 1
+            while first and sizes[order[first - 1]] * _SLACK + 8 >= longest:
+                first -= 1
+            groups.append(_group(starts[order[first:]], lengths[order[first:]], longest))
+            order = order[:first]
+        groups.reverse()
+        ends = [0]
+        for g in groups:
+            ends.append(ends[-1] + len(g.put))
+        in_order = all(g.start == end for g, end in zip(groups, ends, strict=False))
+        return cls(int(bounds[-1]), tuple(groups), in_order)
 
 
 def _group(starts: Tensor, lengths: Tensor, longest: int) -> Group:
     step = torch.arange(longest)
     is_real = step[None, :] < lengths[:, None]
-    take = torch.where(is_real, starts[:, None] + step[None, :], starts[:, None]).reshape(-1)
     real = is_real.reshape(-1).nonzero().squeeze(1)
-    return Group(len(starts), longest, take, real, take[real])
+    put = (starts[:, None] + step[None, :]).reshape(-1)[real]
+    first = int(put[0])
+    follows = bool((put == torch.arange(first, first + len(put))).all())
+    return Group(len(starts), longest, real, put, first if follows else None)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows [m, ...] to their places among `size` rows of zeros. The places are distinct, so backward only gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows at distinct `places`: [size, ...] -> [m, ...]; the inverse of _Spread, and its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
+        return g.new_zeros(ctx.size, *g.shape[1:]).index_copy_(0, ctx.saved_tensors[0], g), None
+
+
+def _padded(rows: Tensor, g: Group) -> Tensor:
+    """The group's rows of [T, heads, D] as [n, heads, length, D], zeros behind short documents."""
+    own = _Gather.apply(rows, g.put) if g.start is None else rows[g.start : g.start + len(g.put)]
+    if len(g.real) != g.n * g.length:
+        own = _Spread.apply(own, g.real, g.n * g.length)
+    return own.reshape(g.n, g.length, *rows.shape[1:]).transpose(1, 2)
 
 
 def explicit_attention(
@@ -84,12 +132,12 @@ def explicit_attention(
     n, heads, length, dim = q.shape
     shared = k.shape[1]
     qs = q.reshape(n * shared, heads // shared * length, dim)
-    scores = torch.bmm(qs, k.reshape(n * shared, length, dim).transpose(1, 2)) * scale
+    scores = torch.bmm(qs * scale, k.reshape(n * shared, length, dim).transpose(1, 2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
     hidden = ones.triu_(1) if window is None else ones.triu(1) | ones.tril(-window)
-    scores = scores.view(n * shared, heads // shared, length, length).masked_fill(hidden, float("-inf"))
+    scores = scores.view(n * shared, heads // shared, length, length).masked_fill_(hidden, float("-inf"))
     probs = scores.softmax(-1).view(n * shared, -1, length)
     return torch.bmm(probs, v.reshape(n * shared, length, v.shape[-1])).view(n, heads, length, -1)
 
@@ -122,14 +170,14 @@ def document_attention(
         raise RuntimeError("document_attention needs `documents`; call the model through deltaw's Model.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, D]
-    out = None
+    parts: list[Tensor] = []
     for g in documents.groups:
-        parts = [t.index_select(0, g.take).view(g.n, g.length, *t.shape[1:]).transpose(1, 2) for t in rows]
-        y = _attend(*parts, scale, sliding_window, softcap).transpose(1, 2).reshape(g.n * g.length, query.shape[1], -1)
-        if out is None:
-            out = y.new_empty(documents.n_tokens, *y.shape[1:])
-        out = out.index_copy(0, g.put, y.index_select(0, g.real))
-    assert out is not None
+        y = _attend(*(_padded(t, g) for t in rows), scale, sliding_window, softcap)
+        y = y.transpose(1, 2).reshape(g.n * g.length, query.shape[1], -1)
+        parts.append(y if len(g.real) == len(y) else _Gather.apply(y, g.real))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not documents.in_order:
+        out = _Spread.apply(out, torch.cat([g.put for g in documents.groups]), documents.n_tokens)
     return out.unsqueeze(0), None
 
 

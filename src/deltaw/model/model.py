@@ -102,6 +102,8 @@ class Model:
             if made.spec.new_tokens:
                 self._take_tokens(made.spec.new_tokens, made)
             for tensor in made.parameters().values():
+                if trainable:
+                    tensor.data = tensor.data.float()  # training is in float32 whatever the file held
                 tensor.requires_grad_(trainable)
         self._install(name, made)
         self.use(name)

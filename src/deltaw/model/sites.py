@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,12 +13,12 @@ from deltaw.core.site import LinearSite
 def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
     """Every plain linear map, Conv1D and embedding of `net`, by path, in the model's order.
 
-    Only exact classes count: a subclass may compute something else.
+    A subclass counts only where it computes the same: it may do something else with its weight.
     """
     head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
     sites: dict[str, LinearSite] = {}
     for name, module in net.named_modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear) and _is_plain(module):
             sites[name] = LinearSite(
                 name,
                 module.in_features,
@@ -32,3 +33,17 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
         elif type(module) is nn.Embedding or module is embedding:
             sites[name] = LinearSite(name, module.num_embeddings, module.embedding_dim, "embedding")
     return sites
+
+
+@torch.no_grad()
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether `module` computes W x + b: by its class, or by trying (Falcon's subclass does)."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if module.weight.is_meta or module.weight.shape != (module.out_features, module.in_features):
+        return False
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype).unsqueeze(0)
+    try:
+        return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-2, atol=1e-2)
+    except (RuntimeError, TypeError, ValueError):  # it wants other arguments: not a plain map
+        return False

@@ -25,13 +25,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(logits) if logits.requires_grad else None
         rows = max(1, _CHUNK_VALUES // max(1, logits.shape[-1]))
         for start in range(0, logits.shape[0], rows):
-            part = logits[start : start + rows].to(work)
-            want = targets[start : start + rows].unsqueeze(1)
-            lse = part.logsumexp(-1, keepdim=True)
-            total += (lse - part.gather(1, want)).sum()
+            logp = torch.log_softmax(logits[start : start + rows], -1, dtype=work)
+            want = targets[start : start + rows]
+            row = torch.arange(len(want), device=want.device)
+            total -= logp[row, want].sum()
             if grad is not None:
-                probs = part.sub_(lse).exp_() if part is not logits and work != logits.dtype else (part - lse).exp_()
-                probs.scatter_add_(1, want, torch.full_like(lse, -1.0))
+                probs = logp.exp_()
+                probs[row, want] -= 1.0
                 grad[start : start + rows] = probs
         ctx.save_for_backward(grad)
         return total

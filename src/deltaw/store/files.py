@@ -67,12 +67,20 @@ def whole_folder(target: Path) -> Iterator[Path]:
             yield aside
             for path in aside.rglob("*"):
                 if path.is_file():
+                    _readable(path)
                     sync_file(path)
             sync_file(aside)
             _swap_in(aside, target)
             sync_file(target.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _readable(path: Path) -> None:
+    """The mode that any new file has (safetensors writes files that only their owner may read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _swap_in(aside: Path, target: Path) -> None:

@@ -149,7 +149,10 @@ def newest_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     if not found:
         return None
     try:
-        return load_file(found[-1] / "state.safetensors"), json.loads((found[-1] / "state.json").read_text())
+        state = json.loads((found[-1] / "state.json").read_text())
+        if not (isinstance(state, dict) and {"step", "metrics_bytes"} <= state.keys()):
+            raise ValueError("state.json lacks what a checkpoint keeps")
+        return load_file(found[-1] / "state.safetensors"), state
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(
             f"Checkpoint {found[-1]} is damaged: {error}. Remove that folder to go on from the one before."

@@ -275,7 +275,9 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{where!r} is missing.")
         else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r}).")
+            given = item.get("input")
+            found = "" if isinstance(given, dict) else f" (got {given!r})"
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{found}.")
     return " ".join(lines)
 
 
