@@ -143,7 +143,7 @@ def _answers(
 
         def hopeless(i: int, tokens: list[int]) -> bool:
             so_far = tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
-            if so_far.endswith("�"):  # a character that is not complete yet
+            if so_far.endswith("\ufffd"):  # a character that is not complete yet
                 return False
             return not (wanted[i].startswith(so_far) or so_far.rstrip() == wanted[i])
 
