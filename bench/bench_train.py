@@ -1,7 +1,7 @@
 """Is our training step faster than HF PEFT's on the same machine, and in how much memory?
 
 The naive answer it must beat: PEFT's eager step on SDPA, in the better of bf16 without and with autocast (give
-`--autocast` to compare with the latter). What would change our mind: a ratio that moves by more than 10 % between calls.
+`--autocast` to compare with the latter). What would change our mind: a ratio that moves by over 10 % between calls.
 
     .venv/bin/python bench/bench_train.py [--steps 5] [--batch 8] [--length 256]
 

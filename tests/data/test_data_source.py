@@ -38,7 +38,7 @@ def test_the_three_shapes_are_read_with_their_lines_and_extra_keys_are_ignored(t
     ]
     path = written(tmp_path, "\r\n".join(lines))
     assert read_rows(path) == [
-        Row(prompt="p", completion="c", source=str(path), line=1),
+        Row(prompt="p", completion="c", choices=("c", "d"), source=str(path), line=1),
         Row(messages=CHAT, source=str(path), line=3),
         Row(text="t\u2028u", source=str(path), line=4),
     ]
@@ -219,3 +219,11 @@ def test_the_shipped_data_sets_are_whole_and_licensed():
         ("supersense", "valid"): 299,
         ("supersense", "test"): 600,
     }
+
+
+def test_choices_of_a_row_are_kept_and_count_as_data():
+    row = {"prompt": "p", "completion": "a", "choices": ["a", "b"]}
+    (kept,) = read_rows([row])
+    assert kept.choices == ("a", "b")
+    assert data_hash([kept]) != data_hash(read_rows([{**row, "choices": ["a", "c"]}]))
+    assert read_rows([{**row, "choices": {"text": ["a"]}}])[0].choices is None

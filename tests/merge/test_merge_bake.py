@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_bases import TEXT, attached_logits, config, logits, noisy, oracle, plain, rename, save_base, stored
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from deltaw.merge.bake import bake
 from deltaw.merge.checkpoint import Planned, write_shards
@@ -389,3 +389,15 @@ def test_the_base_is_not_changed(saved, tmp_path):
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before
     assert adapter.id == was
     assert load_base(base).fingerprint.weights != load_base(tmp_path / "out").fingerprint.weights
+
+
+def test_falcons_own_class_of_linear_maps_trains_and_merges(tmp_path):
+    config = FalconConfig(vocab_size=53, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(2)
+    base = save_base(FalconForCausalLM(config), tmp_path / "base")
+    adapter = noisy(base)
+    assert {p.role for p in adapter.places} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    bake(base, adapter, tmp_path / "out")
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    wanted = attached_logits(base, adapter, ids)
+    torch.testing.assert_close(logits(tmp_path / "out", ids), wanted, rtol=0, atol=1e-4)  # the promise for float32

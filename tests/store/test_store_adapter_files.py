@@ -331,3 +331,12 @@ def test_an_adapter_that_does_not_name_its_base_is_said_to_be_unknown_once(folde
     with pytest.warns(OtherBaseWarning, match="does not say which base.*unknown") as caught:
         model.attach(folder)
     assert len(caught) == 1
+
+
+def test_a_folder_with_anybody_elses_file_is_not_written_into(tmp_path):
+    adapter = make_adapter()
+    adapter.save(tmp_path / "a")
+    (tmp_path / "a" / "optimizer.pt").write_bytes(b"mine")
+    with pytest.raises(AdapterError, match=r"optimizer\.pt"):
+        adapter.save(tmp_path / "a")
+    assert (tmp_path / "a" / "optimizer.pt").read_bytes() == b"mine"

@@ -159,6 +159,7 @@ class Saying(Model):
         self.rows = {tuple(tokenizer(p)["input_ids"]): [*tokenizer(" " + a)["input_ids"], end] for p, a in says.items()}
         self.net = self  # generate() calls model.net(...)
         self.config, self.generation_config = inner.net.config, inner.net.generation_config
+        self.get_input_embeddings, self.modules = inner.net.get_input_embeddings, inner.net.modules
 
     def __call__(self, input_ids, attention_mask, past_key_values, **ignored):
         logits = torch.zeros(len(input_ids), 1, 300)

@@ -210,10 +210,6 @@ def test_a_missing_or_unreadable_recipe_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.yaml")
 
 
-def test_choice_without_labels_is_refused() -> None:
-    assert "needs `labels`" in refused(PLAIN, "eval.metric=choice")
-
-
 def test_plain_reads_back_to_an_equal_recipe() -> None:
     whole = load_recipe(
         {

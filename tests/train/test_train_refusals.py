@@ -9,8 +9,13 @@ import pytest
 from tiny_runs import ROWS, VALID, events_in, recipe, run
 
 import deltaw
+from deltaw.data.template import Example
 from deltaw.errors import DataError, DeltawError, RecipeError, RunError, TargetError, WorkFailed
+from deltaw.model.generate import generate
+from deltaw.model.limits import refuse_beyond
+from deltaw.model.model import Model
 from deltaw.train.events import Done, Saved, Step
+from models import make_net
 
 # Bad input ------------------------------------------------------------------------------------------
 
@@ -143,3 +148,22 @@ def test_a_full_disk_under_metrics_jsonl_is_one_sentence(
     monkeypatch.setattr("deltaw.train.sinks.open", lambda path, mode: Full(), raising=False)
     with pytest.raises(WorkFailed, match=r"No space left while writing metrics.jsonl"):
         run(recipe(base), tmp_path / "run")
+
+
+def test_a_row_longer_than_learned_positions_is_refused_with_both_numbers() -> None:
+    limit = 64  # of the tiny models
+    fits, too_long = (Example((1,) * n, (False,) + (True,) * (n - 1), f"row {n}") for n in (limit, limit + 1))
+    for kind in ("gpt2", "opt"):
+        model = Model(make_net(kind))
+        refuse_beyond(model.net, [fits])
+        with pytest.raises(DataError, match=f"row {limit + 1}: {limit + 1} tokens, and this base has {limit} pos"):
+            refuse_beyond(model.net, [too_long])
+        with pytest.raises(DataError, match="nothing is left for an answer"):
+            generate(model, [[1] * limit], 4)
+        # the long prompt leaves two positions; the short one beside it keeps its nine tokens
+        answers = generate(model, [[1] * (limit - 2), [1, 3]], 9)
+        assert len(answers[0]) <= 2
+        assert answers[1] == generate(model, [[1, 3]], 9)[0]
+    rotary = Model(make_net("llama"))
+    refuse_beyond(rotary.net, [too_long])
+    assert len(generate(rotary, [[1] * limit], 2)[0]) <= 2

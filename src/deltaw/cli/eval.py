@@ -16,7 +16,7 @@ DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, ..., or auto:
 
 def evaluate(
     base: BaseOption,
-    data: Annotated[str, typer.Option(help="Rows: a JSONL file.")],
+    data: Annotated[str, typer.Option(help="Rows: a JSONL file, or what `datasets` reads (hf:NAME, .parquet, .csv).")],
     metric: Annotated[str, typer.Option(help="exact, json, choice or perplexity.")],
     adapter: AdapterOption = None,
     labels: Annotated[Path | None, typer.Option(help="JSON list of labels, for choice.")] = None,

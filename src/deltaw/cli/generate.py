@@ -15,7 +15,9 @@ def generate(
     base: BaseOption,
     adapter: AdapterOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the chat template, as an adapter trained so does.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random stream.")] = 0,
@@ -25,17 +27,17 @@ def generate(
 ) -> None:
     """Answer a prompt with a base, or with a base and an adapter."""
     from deltaw.data.source import Row
-    from deltaw.data.spec import DataSpec
     from deltaw.data.template import prompt_ids
     from deltaw.model.base import load_base
     from deltaw.model.generate import Sampling
     from deltaw.model.generate import generate as continue_
+    from deltaw.train.evaluate import data_spec
 
     model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
-    row = Row(prompt=prompt, completion="", source="--prompt")
-    ids = prompt_ids(row, model.tokenizer, DataSpec(template="chat" if chat else "plain"))
+    row = Row(prompt=prompt, completion="", source="the prompt,")
+    ids = prompt_ids(row, model.tokenizer, data_spec(model, "chat" if chat else None, 2048))
     tokens = continue_(model, [ids], max_tokens, sampling=Sampling(temperature, top_p, seed))[0]
     text = model.tokenizer.decode(tokens, skip_special_tokens=True)
     if as_json:

@@ -19,13 +19,16 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder (runs/<recipe> by default).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON event a line, nothing else.")] = False,
     allow_other_machine: Annotated[
-        bool, typer.Option(help="Go on although machine, threads or versions differ from when the run began.")
+        bool,
+        typer.Option(
+            "--allow-other-machine", help="Go on although machine, threads or versions differ from when the run began."
+        ),
     ] = False,
 ) -> None:
     """Train an adapter. The same command goes on with a run that was stopped, bit for bit."""
     from deltaw.train.run import train as run
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     events = run(
         recipe,
         out,
@@ -38,7 +41,7 @@ def train(
             for event in events:
                 typer.echo(json.dumps(event.plain()))
         else:
-            _show(events, Console())
+            _show(events, Console(markup=False))
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None

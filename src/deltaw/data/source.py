@@ -70,7 +70,8 @@ def data_hash(rows: Sequence[Row]) -> str:
     """SHA-256 (hex) of what the rows say, in their order; where they came from does not count."""
     digest = hashlib.sha256()
     for row in rows:
-        fields = {key: value for shape in SHAPES for key in shape if (value := getattr(row, key)) is not None}
+        keys = [*(key for shape in SHAPES for key in shape), "choices"]
+        fields = {key: value for key in keys if (value := getattr(row, key)) is not None}
         digest.update(json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str).encode("ascii"))
         digest.update(b"\n")
     return digest.hexdigest()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from deltaw.errors import DataError
+from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
 
 GiveUp = Callable[[int, list[int]], bool]
@@ -50,13 +52,21 @@ def generate(
     """Continue each prompt (token ids) until an end token or `max_new_tokens`.
 
     give_up  called as (prompt number, tokens so far) after each token; True ends that row at once
-    returns  for each prompt its new tokens, without the end token
+    returns  for each prompt its new tokens, without the end token; an answer ends where the base has no more positions
+
+    Raises DataError for a prompt that leaves no position for an answer.
     """
     sampling = sampling or Sampling()
     rng = torch.Generator().manual_seed(sampling.seed)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_tokens(model)
+    limit = max_positions(model.net)
+    if limit is not None and prompts and len(prompts[order[0]]) >= limit:
+        raise DataError(
+            f"Prompt {order[0] + 1} has {len(prompts[order[0]])} tokens, and this base has {limit} positions: "
+            "nothing is left for an answer. Shorten it."
+        )
     for start in range(0, len(order), batch_size):
         _batch(
             model,
@@ -67,9 +77,16 @@ def generate(
             ends,
             sampling,
             rng,
-            give_up,
+            _until(prompts, limit, give_up),
         )
     return answers
+
+
+def _until(prompts: Sequence[Sequence[int]], limit: int | None, give_up: GiveUp | None) -> GiveUp | None:
+    """`give_up`, and a row also ends where the base has no more positions."""
+    if limit is None:
+        return give_up
+    return lambda i, tokens: len(prompts[i]) + len(tokens) >= limit or (give_up is not None and give_up(i, tokens))
 
 
 def _batch(

@@ -22,7 +22,7 @@ def compare(adapter: BaseFingerprint | None, base: BaseFingerprint | None, allow
         return
     if adapter is None:
         warnings.warn(
-            "This adapter does not say which base it was trained on (it has no deltaw.json): unknown, not checked.",
+            "This adapter does not say which base it was trained on: unknown, not checked.",
             OtherBaseWarning,
             stacklevel=3,
         )

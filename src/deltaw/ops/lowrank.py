@@ -99,7 +99,7 @@ def lowrank_linear(
     """x W^T + scale * (z A^T) B^T + bias: [..., in] -> [..., out]; z defaults to x. W gets no gradient.
 
     Source: LoRA (arXiv:2106.09685), equation 3. Compared with `lowrank_linear_reference` in
-    tests/ops/test_lowrank.py, gradients by gradcheck in float64.
+    tests/ops/test_ops_lowrank.py, gradients by gradcheck in float64.
     """
     if z is x:
         z = None

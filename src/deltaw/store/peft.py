@@ -35,11 +35,13 @@ _TOKENS = ".token_adapter.trainable_tokens_delta"
 def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
     """Write `adapter` into `folder`, whole or not at all; an adapter that is there is replaced.
 
-    Raises AdapterError when `folder` holds something else, WorkFailed when the disk is full.
+    Raises AdapterError when `folder` holds anything else, WorkFailed when the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise AdapterError(f"{folder} holds something that is not an adapter; choose another folder.")
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file; an adapter is a folder. Choose another name.")
+    if foreign := sorted(p.name for p in folder.glob("*") if p.name not in (CONFIG, TENSORS, OURS, "README.md")):
+        raise AdapterError(f"{folder} holds something that is not an adapter's ({foreign[0]}); choose another folder.")
     if adapter.spec.peft_type is None:
         raise AdapterError(f"Method {adapter.spec.name!r} has no adapter to save.")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in to_peft_tensors(adapter).items()}

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, enough to go on bit for bit.
 
     RUN/run.json               recipe, data hash, base, versions, machine: what makes it this run
-    RUN/metrics.jsonl          every event; cut back to the checkpoint's length on resume
-    RUN/checkpoints/000120/    state.safetensors (parameters, optimizer), state.json (step, best, counts)
+    RUN/metrics.jsonl          every event but `saved`; cut back to the checkpoint's length on resume
+    RUN/checkpoints/00000120/  state.safetensors (parameters, optimizer), state.json (step, best, counts)
 
 No random state is kept because none exists: the order of rows, dropout and fresh parameters are functions of
 (seed, epoch or step, place).

@@ -19,6 +19,7 @@ from deltaw.data.spec import DataSpec
 from deltaw.data.template import Example, encode_all, prompt_ids
 from deltaw.errors import DataError, RecipeError, near
 from deltaw.model.generate import generate
+from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
 
 METRICS = ("exact", "json", "choice", "perplexity")
@@ -178,6 +179,7 @@ def _number(text: str) -> int | float:
 @torch.no_grad()
 def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
     """The summed log-likelihood of each example's target tokens."""
+    refuse_beyond(model.net, examples)
     lengths = [len(e.input_ids) for e in examples]
     sums = [0.0] * len(examples)
     for micro in split_micro(range(len(examples)), lengths, _TOKENS_AT_A_TIME):
@@ -199,7 +201,7 @@ def _perplexity(model: Model, rows: Sequence[Row], spec: DataSpec) -> dict[str, 
     encoded = encode_all(rows, model.tokenizer, spec)
     total = sum(log_likelihoods(model, encoded.examples))
     return {
-        "value": math.exp(-total / encoded.n_targets),
+        "value": math.exp(min(-total / encoded.n_targets, 700.0)),  # beyond it a float overflows
         "n": len(encoded.examples),
         "target_tokens": encoded.n_targets,
         "rows_cut": encoded.n_cut,

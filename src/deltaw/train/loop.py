@@ -152,7 +152,8 @@ class Loop:
         began = time.perf_counter()
         value, loss = self.evaluate()
         lower_is_better = spec.metric in ("loss", "perplexity")
-        better = progress.best is None or (value < progress.best if lower_is_better else value > progress.best)
+        best = progress.best if progress.best is not None and math.isfinite(progress.best) else None
+        better = best is None or (value < best if lower_is_better else value > best)
         if better:
             progress.best, progress.stale = value, 0
         else:

@@ -117,7 +117,7 @@ class EvalSpec(BaseModel):
     keep          which adapter the run leaves: the best seen, or the last
     patience      evaluations without a better value before the run stops early; None: never
     limit         validation rows used for a task metric; None: all
-    labels        file with the list of labels for metric "choice"
+    labels        file with the list of labels for metric "choice"; None: each row brings its "choices"
     max_new_tokens  longest answer that a task metric generates; None: the longest completion and a little more
     """
 
@@ -137,8 +137,6 @@ class EvalSpec(BaseModel):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, not {value}")
-        if self.metric == "choice" and not self.labels:
-            raise ValueError("metric 'choice' needs `labels`, a JSON file with the list of labels")
         return self
 
 

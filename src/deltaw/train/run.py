@@ -15,6 +15,7 @@ from deltaw.data.source import Row, data_hash, read_rows
 from deltaw.data.template import Encoded, encode_all
 from deltaw.errors import RecipeError
 from deltaw.model.base import best_dtype, load_base
+from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
 from deltaw.store.files import space_explained, whole_folder, write_text
 from deltaw.store.peft import write_adapter
@@ -117,6 +118,7 @@ def _train(
         return
     model.attach(recipe.adapter, seed=recipe.train.seed)
     encoded = encode_all(rows, model.tokenizer, recipe.data)
+    refuse_beyond(model.net, encoded.examples)
     evaluate = _evaluation(model, recipe, valid, labels)
     loop = Loop(model, encoded.examples, recipe, evaluate)
     begin_run(out, identity)  # only now: a folder is not taken by a recipe that cannot run
@@ -147,6 +149,7 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
         return None
     loss_of = find_loss(recipe.train.loss)
     examples = encode_all(valid, model.tokenizer, recipe.data).examples
+    refuse_beyond(model.net, examples)
     rows = valid[: spec.limit] if spec.limit else valid
     if spec.metric != "loss":
         check_rows(rows, spec.metric, labels)
