@@ -17,6 +17,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
 	touch $@
 
+$(VENV)/.ready-peers: $(VENV)/.ready-dev
+	$(PIP) -e '.[dev,peers]'
+	touch $@
+
 # Environment, starter base, training on shipped data, evaluation before and after, merge, an answer.
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -27,7 +31,7 @@ test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" --expect-skips 0
 
 # The long runs and the peers too (under an hour).
-test-all: lint
+test-all: lint $(VENV)/.ready-peers
 	$(BIN)/deltaw fetch smollm2-135m-instruct
 	$(BIN)/python -m pytest -q -m "not gpu" --expect-skips 0
 

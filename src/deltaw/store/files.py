@@ -30,7 +30,10 @@ def space_explained(what: str, where: Path) -> Iterator[None]:
 
 def sync_file(path: Path) -> None:
     """Force a file's (or folder's) bytes to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():  # folders cannot be opened there
+        return
+    fd = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:  # folders cannot be synced on some systems
