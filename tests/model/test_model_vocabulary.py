@@ -340,3 +340,19 @@ def test_heads_and_embeddings_are_named_as_the_architecture_names_them():
         heads = [n for n, s in sites.items() if s.is_head]
         assert [h.rsplit(".", 1)[-1] for h in heads] == ["lm_head"]
         assert any(n.endswith(EMBEDDING.get(kind, "embed_tokens")) and s.kind == "embedding" for n, s in sites.items())
+
+
+def test_dropout_of_a_weighted_set_is_that_of_its_members(llama):
+    model = Model(llama)
+    model.attach(Lora(rank=3, alpha=5, dropout=0.4))
+    randomise(model)
+    host = model.places.modules["model.layers.0.mlp"].down_proj
+    x = torch.randn(2, 7, host.site.in_features, generator=torch.Generator().manual_seed(1))
+    base = host.original(x)
+    model.run.seed = 9
+    whole = host(x)
+    model.use({"default": 0.5})
+    # x of order 1 through 40 terms: float32 roundings
+    torch.testing.assert_close(host(x), base + 0.5 * (whole - base), rtol=0, atol=1e-5)
+    model.run.seed = None
+    assert not torch.allclose(host(x), base + 0.5 * (whole - base), atol=1e-3)

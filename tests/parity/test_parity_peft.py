@@ -167,6 +167,11 @@ VARIANTS = {
     "excluded expression": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\.self_attn\.v_proj"},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
     "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+    "paths, layers that PEFT ignores": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+        "layers_to_transform": [1],
+    },
+    "a name that matches nothing": {"target_modules": ["q_proj", "no_such_proj"]},
     "layers pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "expression": {"target_modules": r".*\.(0\.self_attn\.(q|k)_proj|1\.mlp\.down_proj)"},
     "one name": {"target_modules": ["model.layers.1.mlp.gate_proj", "k_proj"]},

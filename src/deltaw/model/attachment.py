@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +140,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
 
     Raises AdapterError that lists unknown places, missing parameters and wrong shapes.
     """
-    spec = adapter.spec if adapter.fingerprint is not None else _there_only(adapter.spec, places)
+    spec = adapter.spec if adapter.fingerprint is not None else _as_peft_meant(adapter, places)
     problems: list[str] = []
     attachment = Attachment(spec, fingerprint=adapter.fingerprint, provenance=dict(adapter.provenance))
     try:
@@ -187,15 +188,23 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     return attachment
 
 
-def _there_only(spec: MethodSpec, places: Places) -> MethodSpec:
-    """A foreign adapter's settings without names that match nothing: PEFT saves such lists (its #1959).
+def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
+    """A foreign adapter's settings where PEFT reads them differently from us.
 
-    No tensor can be missed by this: each one that is there must still find its place.
+    PEFT saves lists with names that match nothing (its #1959), and layers_to_transform that it ignored because the
+    targets were whole paths. No tensor can be missed by this: each must still find its place.
     """
-    if isinstance(spec.targets, str):
-        return spec
-    there = tuple(t for t in spec.targets if any(matches((t,), name) for name in places.sites))
-    return spec.model_copy(update={"targets": there}) if there else spec
+    spec = adapter.spec
+    if not isinstance(spec.targets, str):
+        there = tuple(t for t in spec.targets if any(matches((t,), name) for name in places.sites))
+        spec = spec.model_copy(update={"targets": there}) if there else spec
+    if spec.layers is not None:
+        every = spec.model_copy(update={"layers": None})
+        given = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
+        with suppress(TargetError):  # `strict` raises it with everything else that does not fit
+            if {s.name for s in select(every, list(places.sites.values()))} == given:
+                return every
+    return spec
 
 
 def _misfit(spec: MethodSpec, places: Places, name: str, params: Params, targeted: bool) -> list[str]:

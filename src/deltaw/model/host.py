@@ -94,7 +94,8 @@ class Host(nn.Module):
             base = self.original(x)
             y = base
             for slot, w in changed:
-                y = y + w * delta(self._affine(slot), x, self.frozen, base, self.bias)
+                affine = self._affine(slot)
+                y = y + w * delta(affine, x, self.frozen, base, self.bias, self._dropped(affine, x))
         for slot, _ in used:
             if slot.rows is not None:
                 y = _with_columns(y, slot.rows.ids, self._columns(slot, slot.rows, x))
@@ -111,10 +112,11 @@ class Host(nn.Module):
 
     def _apply(self, slot: Slot, x: Tensor) -> Tensor:
         affine = self._affine(slot)
-        dropped = None
-        if affine.drop > 0 and self.run.seed is not None:
-            dropped = x * self._keep(x, affine.drop)
-        return apply(affine, x, self.frozen, self.bias, dropped)
+        return apply(affine, x, self.frozen, self.bias, self._dropped(affine, x))
+
+    def _dropped(self, affine: Affine, x: Tensor) -> Tensor | None:
+        """x after dropout; None where there is none."""
+        return x * self._keep(x, affine.drop) if affine.drop > 0 and self.run.seed is not None else None
 
     def _keep(self, x: Tensor, drop: float) -> Tensor:
         """The dropout mask, a function of run seed and place only: recomputation and resume see the same."""

@@ -36,13 +36,17 @@ def apply(
     return y if bias is None else y + bias
 
 
-def delta(affine: Affine, x: Tensor, weight: Weight, base: Tensor, base_bias: Tensor | None) -> Tensor:
-    """What the change adds to the base's own output `base` [..., out] at `x` [..., in]."""
+def delta(
+    affine: Affine, x: Tensor, weight: Weight, base: Tensor, base_bias: Tensor | None, dropped: Tensor | None = None
+) -> Tensor:
+    """What the change adds to the base's own output `base` [..., out] at `x` [..., in]; `dropped` as in `apply`."""
     if not affine.is_low_rank_only:
-        return apply(affine, x, weight, base_bias) - base
+        return apply(affine, x, weight, base_bias, dropped) - base
     d = base.new_zeros(())
     if affine.A is not None and affine.B is not None:
-        d = affine.scale * F.linear(F.linear(x, affine.A.to(x.dtype)), affine.B.to(x.dtype))
+        d = affine.scale * F.linear(
+            F.linear(x if dropped is None else dropped, affine.A.to(x.dtype)), affine.B.to(x.dtype)
+        )
     if affine.bias is not None:
         d = d + (affine.bias if base_bias is None else affine.bias - base_bias).to(x.dtype)
     return d
