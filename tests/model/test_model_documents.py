@@ -5,14 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, FalconConfig, GPTJConfig, GPTNeoConfig, Qwen3Config, RecurrentGemmaConfig
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    NemotronConfig,
+    Qwen3Config,
+    RecurrentGemmaConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deltaw import Lora
+from deltaw.data.template import Example
 from deltaw.model import attention
 from deltaw.model.attention import Documents, explicit_attention, packs
 from deltaw.model.model import Model
 from deltaw.ops.loss import summed_cross_entropy
+from deltaw.train.loss import sft
+from deltaw.train.step import step_gradient
 from models import ARCHITECTURES, VOCAB, WINDOW, make_batch, make_ids, make_net, randomise
 
 # float32 sums of a few dozen terms of order 1 in two orders, through two blocks
@@ -112,6 +123,9 @@ OTHERS = {
     "recurrent_gemma": lambda: RecurrentGemmaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=40,
                                                     num_hidden_layers=3, num_attention_heads=4, pad_token_id=None,
                                                     attention_window_size=WINDOW),
+    "nemotron": lambda: NemotronConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                                       bos_token_id=1, eos_token_id=2, pad_token_id=None),
     "qwen3": lambda: Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
                                  num_attention_heads=4, num_key_value_heads=2, head_dim=12, pad_token_id=None),
 }  # fmt: skip
@@ -126,11 +140,32 @@ def test_an_architecture_that_cannot_pack_computes_its_documents_one_by_one(kind
         for value in net.parameters():
             if value.ndim > 1:
                 value.normal_().mul_(value.shape[-1] ** -0.5)
-    assert packs(net) == (kind == "qwen3")
+    assert packs(net) == (kind in ("qwen3", "nemotron"))  # Nemotron looks as if it could
     model = Model(net)
     model.attach(Lora(rank=3, alpha=5))
     randomise(model)
     compare(model, documents())
+    assert packs(net) == (kind == "qwen3")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_finds_out_that_a_model_loses_its_documents(checkpointing):
+    net = MODEL_FOR_CAUSAL_LM_MAPPING[NemotronConfig](OTHERS["nemotron"]())
+    own = net.config._attn_implementation
+    model = Model(net)
+    model.attach(Lora(rank=3, alpha=5))
+    randomise(model)
+    examples = [Example(tuple(d.tolist()), (False,) + (True,) * (len(d) - 1), "row") for d in documents()]
+    grads: dict[str, Tensor] = {}
+    loss, _, n = step_gradient(model, examples, sft, micro_tokens=20, checkpointing=checkpointing)
+    grads |= {k: t.grad.clone() for k, t in model.trainable().items()}
+    alone = one_at_a_time(model, documents(), [list(range(len(d) - 1)) for d in documents()])
+    targets = torch.cat([d[1:] for d in documents()])
+    wanted = gradients(model, alone, targets)
+    assert abs(loss - float(summed_cross_entropy(alone.detach(), targets)) / n) < 1e-5
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=ATOL)
+    assert net.config._attn_implementation == own
 
 
 def test_all_eight_architectures_pack():

@@ -100,3 +100,12 @@ def test_the_saved_adapter_says_where_it_comes_from(run):
     assert ours["provenance"]["recipe"]["adapter"]["rank"] == 6
     assert math.isfinite(ours["provenance"]["metrics"]["train_loss"])
     assert sum(f.stat().st_size for f in (run / "adapter").iterdir()) < 8e6
+
+
+def test_peft_finds_the_starter_by_the_name_in_the_adapter(run, base):
+    from peft import AutoPeftModelForCausalLM
+
+    named = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == base
+    found = AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
+    assert sum(p.numel() for n, p in found.named_parameters() if "lora_" in n) == 4_884_480 * 6 // 16

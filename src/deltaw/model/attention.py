@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+class DocumentsLost(RuntimeError):
+    """A model does not hand its extra arguments down to attention, so a pack cannot be computed with it."""
+
+
 def document_attention(
     module: nn.Module,
     query: Tensor,
@@ -167,7 +172,7 @@ def document_attention(
     Dropout of the base is never applied: a frozen base computes what it computes at inference.
     """
     if documents is None:
-        raise RuntimeError("document_attention needs `documents`; call the model through deltaw's Model.")
+        raise DocumentsLost(f"{type(module).__name__} was not told the documents of the pack.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, D]
     parts: list[Tensor] = []
@@ -188,16 +193,29 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, _no_mask)
 _LOCK = threading.RLock()
+_LOST: WeakSet[PreTrainedModel] = WeakSet()
+_OWN: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # the attention a model came with
+
+
+def cannot_pack(net: PreTrainedModel) -> None:
+    """Remember that documents cannot share a row of `net`, and give it its own attention back at once.
+
+    A step may hold `packed_attention` open through its backward, where blocks are computed again.
+    """
+    _LOST.add(net)
+    net.config._attn_implementation = _OWN.get(net, net.config._attn_implementation)
 
 
 def packs(net: PreTrainedModel) -> bool:
     """Whether documents can share a row of `net`: only our attention may carry anything from token to token.
 
     Not so where a model does not call attention through transformers' interface (BLOOM, GPT-J, Falcon), keeps a state
-    or a convolution over tokens (Mamba, RecurrentGemma), cuts the sequence into chunks or has attention sinks.
+    or a convolution over tokens (Mamba, RecurrentGemma), cuts the sequence into chunks or has attention sinks. A model
+    that was found to lose the documents on the way (Nemotron) is in `_LOST`.
     """
     return (
-        bool(getattr(net, "_supports_attention_backend", False))
+        net not in _LOST
+        and bool(getattr(net, "_supports_attention_backend", False))
         and not any(isinstance(m, nn.Conv1d) for m in net.modules())
         and getattr(net.config.get_text_config(), "attention_chunk_size", None) is None
         and not any(name.endswith("sinks") for name, _ in net.named_parameters())
@@ -212,6 +230,8 @@ def packed_attention(net: PreTrainedModel) -> Iterator[None]:
         return
     with _LOCK:
         before = net.config._attn_implementation
+        if before != NAME:
+            _OWN[net] = before
         net.config._attn_implementation = NAME
         try:
             yield

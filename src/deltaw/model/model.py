@@ -19,7 +19,7 @@ from deltaw.data.pack import Batch
 from deltaw.errors import AdapterError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Places, fresh, strict
-from deltaw.model.attention import Documents, packed_attention, packs
+from deltaw.model.attention import Documents, DocumentsLost, cannot_pack, packed_attention, packs
 from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
 from deltaw.model.identity import compare
 from deltaw.model.load import refuse_unsupported
@@ -295,14 +295,18 @@ class Model:
         """
         if not packs(self.net):
             return self._one_by_one(batch)
-        with packed_attention(self.net):
-            out = self.net(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
-                documents=Documents.of(batch.bounds),
-                use_cache=False,
-                logits_to_keep=batch.predict_at,
-            )
+        try:
+            with packed_attention(self.net):
+                out = self.net(
+                    input_ids=batch.input_ids[None],
+                    position_ids=batch.positions[None],
+                    documents=Documents.of(batch.bounds),
+                    use_cache=False,
+                    logits_to_keep=batch.predict_at,
+                )
+        except DocumentsLost:
+            cannot_pack(self.net)
+            return self._one_by_one(batch)
         logits: Tensor = out.logits[0]
         return logits
 

@@ -90,7 +90,12 @@ def to_peft_config(adapter: Adapter) -> dict[str, Any]:
         for r in adapter.replaced
         if r.rows is not None
     }
-    base = adapter.provenance.get("base") or (adapter.fingerprint.name if adapter.fingerprint else None)
+    noted = adapter.provenance
+    base = (
+        noted.get("base_model_name_or_path")
+        or noted.get("base")
+        or (adapter.fingerprint.name if adapter.fingerprint else None)
+    )
     return {
         "peft_type": spec.peft_type,
         "task_type": "CAUSAL_LM",

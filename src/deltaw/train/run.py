@@ -202,8 +202,11 @@ def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, m
 
 def _provenance(loop: Loop, identity: dict[str, Any]) -> dict[str, Any]:
     p = loop.progress
+    path, folder = loop.recipe.base.path, loop.model.folder
+    is_hub_id = "/" in path and not Path(path).exists()
     return {
-        "base": loop.recipe.base.path,
+        "base": path,
+        "base_model_name_or_path": path if is_hub_id or folder is None else str(folder),  # where PEFT finds it
         "recipe": identity["recipe"],
         "data_hash": identity["data"],
         "dtype": identity["dtype"],
