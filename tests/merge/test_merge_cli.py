@@ -14,7 +14,7 @@ from deltaw.cli.main import app
 from deltaw.core.adapter import Adapter
 from deltaw.errors import BadInput, DataError, RunError
 from deltaw.methods.lora import Lora
-from deltaw.store.peft import read_adapter
+from deltaw.store.peft import UnfinishedRun, read_adapter
 from models import make_ids, make_net
 
 
@@ -108,7 +108,8 @@ def test_inspect_a_run(adapter, tmp_path):
     adapter.save(folder / "adapter")
     (folder / "run.json").write_text(json.dumps({"recipe": {"train": {"seed": 3}}, "data": "ab"}))
     (folder / "checkpoints" / "000120").mkdir(parents=True)
-    found = run_json("inspect", folder)
+    with pytest.warns(UnfinishedRun, match="is not done"):
+        found = run_json("inspect", folder)
     assert found["kind"] == "run"
     assert found["finished"] is False
     assert found["checkpoints"] == ["000120"]

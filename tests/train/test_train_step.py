@@ -113,9 +113,10 @@ def test_the_mean_is_over_tokens_not_over_rows_or_micro_batches(base: Path) -> N
     assert abs(loss - by_rows) > 1e-3
 
 
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.3}, {"dropout": 0.3, "targets": ("q_proj", "lm_head")}])
 @pytest.mark.parametrize("micro_tokens", [1, 17, 25, 64])
-def test_a_step_s_gradient_does_not_depend_on_how_it_is_split(base: Path, micro_tokens: int) -> None:
-    model = worn(base)
+def test_a_step_s_gradient_does_not_depend_on_how_it_is_split(base: Path, micro_tokens: int, settings: dict) -> None:
+    model = worn(base, **settings)
     examples = examples_of(model)
     loss, whole = gradient(model, examples)
     split_loss, split = gradient(model, examples, micro_tokens=micro_tokens)

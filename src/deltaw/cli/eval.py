@@ -31,14 +31,20 @@ def evaluate(
 ) -> None:
     """Measure a base, or a base with an adapter, on rows."""
     from deltaw.data.source import read_rows
-    from deltaw.errors import DataError
+    from deltaw.errors import DataError, RecipeError
     from deltaw.model.base import load_base
     from deltaw.store.files import write_text
     from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows, read_labels
 
     check_metric(metric)
+    if labels and metric != "choice":
+        typer.echo(f"note: --labels is for metric choice; metric {metric} does not look at it", err=True)
+    if metric == "perplexity" and (predictions or max_new_tokens):
+        raise RecipeError("Metric perplexity generates nothing: remove --predictions and --max-new-tokens.")
     if predictions is not None and not predictions.parent.is_dir():
         raise DataError(f"--predictions: the folder {predictions.parent} does not exist.")
+    if predictions is not None:
+        write_text(predictions, "")  # a place that cannot be written to is said before the work
     rows = read_rows(data)[:limit]
     names = read_labels(labels) if labels else None
     model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))
@@ -59,4 +65,5 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({**result, "base": base, "adapter": None if adapter is None else str(adapter)}))
     else:
-        typer.echo(f"{metric} {result['value']:.4f} on {result['n']} rows in {result['seconds']:.1f} s")
+        cut = f" ({result['rows_cut']} cut to {max_tokens} tokens)" if result.get("rows_cut") else ""
+        typer.echo(f"{metric} {result['value']:.4f} on {result['n']} rows{cut} in {result['seconds']:.1f} s")

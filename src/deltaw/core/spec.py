@@ -86,6 +86,10 @@ class MethodSpec(BaseModel):
         """The parameters at `site`, by name. `targeted` is False at a site that only `wants` keeps."""
         raise NotImplementedError
 
+    def idle(self, sites: list[LinearSite]) -> list[str]:
+        """Settings for single places that none of the targeted `sites` uses: a misspelt name, most likely."""
+        return []
+
     def wants(self, site: LinearSite) -> bool:
         """Whether a site that no target names gets parameters all the same (bias = "all")."""
         return False

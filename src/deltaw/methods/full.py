@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
@@ -24,6 +25,15 @@ class Full(MethodSpec):
     trains_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     batchable: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _has_no_settings(self) -> Full:
+        given = [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]
+        if given := [key for key in given if key not in ("method", "targets")] + (
+            ["targets"] if self.targets != "all-linear" else []
+        ):
+            raise ValueError(f"trains every weight and has no settings; remove {', '.join(sorted(given))}")
+        return self
 
     def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
         return {}

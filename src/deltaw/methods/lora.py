@@ -76,6 +76,16 @@ class Lora(MethodSpec):
             raise ValueError("must be at least 0 and below 1")
         return value
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_expressions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is no name and no regular expression: {error}") from None
+        return value
+
     @field_validator("rank_pattern")
     @classmethod
     def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
@@ -99,6 +109,11 @@ class Lora(MethodSpec):
         r = self.rank_at(site)
         alpha = float(_first_match(self.alpha_pattern, site.name, self.alpha))
         return alpha / math.sqrt(r) if self.rslora else alpha / r
+
+    def idle(self, sites: list[LinearSite]) -> list[str]:
+        keys = {k: "rank_pattern" for k in self.rank_pattern} | {k: "alpha_pattern" for k in self.alpha_pattern}
+        hit = {_first_key(p, s.name) for p in (self.rank_pattern, self.alpha_pattern) for s in sites}
+        return [f"{setting} {key!r}" for key, setting in keys.items() if key not in hit]
 
     def wants(self, site: LinearSite) -> bool:
         return self.bias == "all" and site.has_bias
@@ -208,8 +223,11 @@ def peft_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_match(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches."""
+    key = _first_key(pattern, path)
+    return default if key is None else pattern[key]
+
+
+def _first_key(pattern: dict[str, Any], path: str) -> str | None:
     """PEFT's rule: the first key that matches the whole path or a dotted tail of it."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", path)), None)

@@ -80,7 +80,9 @@ def fresh(spec: MethodSpec, places: Places, rng: torch.Generator) -> Attachment:
     attachment = Attachment(spec, trainable=True)
     if spec.trains_base:
         return attachment
-    targeted = {s.name for s in select(spec, list(places.sites.values()))}
+    chosen = select(spec, list(places.sites.values()))
+    targeted = {s.name for s in chosen}
+    _refuse_idle(spec, chosen, places)
     saved = _owners(spec, places)
     for name, site in places.sites.items():
         if name not in targeted and (not spec.wants(site) or name in saved):
@@ -102,6 +104,21 @@ def _swapped(spec: MethodSpec, places: Places) -> dict[str, Tensor]:
 def _owners(spec: MethodSpec, places: Places) -> set[str]:
     """The modules whose tensors `save_modules` replaces."""
     return {n.rpartition(".")[0] for module in saved_modules(spec, places) for n, _ in own_tensors(module, places)}
+
+
+def _refuse_idle(spec: MethodSpec, chosen: list[LinearSite], places: Places) -> None:
+    """Raise TargetError for settings of single places that would do nothing, and for a place that would train twice."""
+    idle = spec.idle(chosen)
+    if isinstance(spec.exclude, str) and not any(matches(spec.exclude, name) for name in places.sites):
+        idle.append(f"exclude {spec.exclude!r}")
+    if idle:
+        roles = ", ".join(sorted({s.role for s in chosen}))
+        raise TargetError(f"{', '.join(idle)} matches none of the targeted places. Their names end in: {roles}.")
+    for tensor in _swapped(spec, places):
+        if any(tensor.startswith(s.name + ".") for s in chosen):
+            raise TargetError(
+                f"save_modules names {tensor}, which is targeted too: exclude it, or do not save it whole."
+            )
 
 
 def saved_modules(spec: MethodSpec, places: Places) -> list[str]:

@@ -28,18 +28,21 @@ def best_dtype(trains_base: bool = False) -> str:
 def load_base(
     path: str | Path,
     format: str = "dense",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     say: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a base model to attach adapters to.
 
     path    a folder in Hugging Face layout, a hub id, a .gguf file, or a starter name
     format  how its linear weights are kept: "dense"
-    dtype   "float32", "bfloat16", "float16", "float64", or "auto" (bfloat16 where the CPU has it)
+    dtype   "float32", "bfloat16", "float16", "float64" or such a torch dtype; "auto": bfloat16 where the CPU has it
     say     called with a sentence when something takes a while (a download, a conversion)
 
     Raises BaseError.
     """
+    dtype = str(dtype).removeprefix("torch.")
+    if not isinstance(path, str | Path):
+        raise BaseError(f"A base is a path or a name, not {type(path).__name__}.")
     if format not in FORMATS:
         raise BaseError(f"Unknown format {format!r}.{near(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     folder = resolve_base(path, say=say)

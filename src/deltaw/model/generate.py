@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from deltaw.errors import DataError
+from deltaw.errors import DataError, WorkFailed
 from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
 
@@ -138,11 +138,14 @@ def _batch(
 
 
 def _choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise WorkFailed("The logits are NaN or infinite: the adapter or the base is broken. Nothing was answered.")
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ranked, where = probs.sort(-1, descending=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
+        beyond[..., 0] = False  # the likeliest token always stays
         probs = torch.zeros_like(probs).scatter(-1, where, ranked.masked_fill(beyond, 0.0))
     return torch.multinomial(probs, 1, generator=rng).squeeze(-1)

@@ -45,10 +45,13 @@ class Run:
 
     use       adapters in use, name -> weight; a set is the base plus the weighted sum of its deltas
     seed      seeds dropout; None outside training
+    pack      of each document of the pack being computed: (number in its step, tokens, targets), so that dropout does
+              not depend on which documents share a pack; None: the whole input has one mask
     """
 
     use: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    pack: tuple[tuple[int, int, int], ...] | None = None
 
 
 class Host(nn.Module):
@@ -119,10 +122,23 @@ class Host(nn.Module):
         return x * self._keep(x, affine.drop) if affine.drop > 0 and self.run.seed is not None else None
 
     def _keep(self, x: Tensor, drop: float) -> Tensor:
-        """The dropout mask, a function of run seed and place only: recomputation and resume see the same."""
-        rng = torch.Generator().manual_seed((self.run.seed or 0) * 1_000_003 + self.number)
-        keep = torch.rand(x.shape, generator=rng) >= drop
-        return keep.to(x.dtype).div_(1 - drop).to(x.device)
+        """The dropout mask: a function of seed, place and document, so that recomputation, resume and splits agree."""
+        seed = (self.run.seed or 0) * 1_000_003 + self.number
+        for column in (1, 2):  # all tokens of the pack; or its targets alone, at the head
+            rows = [(document[0], document[column]) for document in self.run.pack or ()]
+            if rows and x.numel() == sum(n for _, n in rows) * x.shape[-1]:
+                drawn = torch.cat([_uniform(n, x.shape[-1], seed + (number + 1) * _STRIDE) for number, n in rows])
+                break
+        else:
+            drawn = _uniform(x.numel() // x.shape[-1], x.shape[-1], seed)
+        return (drawn >= drop).view(x.shape).to(x.dtype).div_(1 - drop).to(x.device)
+
+
+_STRIDE = 2**45  # between the seeds of a step's documents; a generator folds what goes beyond 64 bits
+
+
+def _uniform(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed % 2**63))
 
 
 class EmbeddingHost(Host):

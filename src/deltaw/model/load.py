@@ -113,7 +113,24 @@ def load_transformers(folder: Path, dtype: str) -> PreTrainedModel:
     declared = net.config.architectures or []
     if declared and all(name.endswith("ForMaskedLM") for name in declared):
         raise BaseError(f"{folder} is a masked language model ({', '.join(declared)}).\n  Give a causal one.")
-    return net.eval().requires_grad_(False)
+    net = net.eval().requires_grad_(False)
+    check_finite(net)
+    check_causal(net)
+    return net
+
+
+@torch.no_grad()
+def check_causal(net: PreTrainedModel) -> None:
+    """Raise BaseError when a token changes what is computed before it: an encoder, not a causal language model."""
+    n_vocab = net.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % n_vocab
+    first, second = (net(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in ids)
+    scale = float(first.abs().max())
+    if ids[0, -1] != ids[1, -1] and not torch.allclose(first, second, rtol=0, atol=1e-5 * scale):
+        raise BaseError(
+            f"this base ({type(net).__name__}) looks at tokens that come later, so it is not a causal language model.\n"
+            "  Give a causal one (a decoder); for BERT-like configs that means is_decoder=true."
+        )
 
 
 def check_finite(model: torch.nn.Module) -> None:

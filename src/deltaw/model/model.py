@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Model:
 
         Raises AdapterError or TargetError; the model is then as it was.
         """
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"An adapter's name is a word, not {name!r}.")
+        if not isinstance(what, MethodSpec | Adapter | str | Path):
+            hint = " Pass settings, as in Lora(rank=16), not the class." if isinstance(what, type) else ""
+            raise AdapterError(f"Cannot attach {what!r}: give a method's settings, an Adapter or a folder.{hint}")
         if name in self.adapters:
             raise AdapterError(f"An adapter called {name!r} is attached already. Detach it, or pass another name.")
         if any(a.spec.trains_base for a in self.adapters.values()):
@@ -112,6 +118,8 @@ class Model:
     def _fresh(self, spec: MethodSpec, seed: int) -> Attachment:
         made = fresh(spec, self.places, torch.Generator().manual_seed(seed))
         made.fingerprint = self.fingerprint
+        if self.folder is not None:
+            made.provenance["base_model_name_or_path"] = str(self.folder.resolve())  # where PEFT finds it
         self._refuse_fused(made)
         if spec.trains_base:
             if self.adapters:
@@ -168,7 +176,12 @@ class Model:
         Copies no weight. Raises NotFound for a name that is not attached, AdapterError for a set that
         cannot be summed.
         """
+        if not (which is None or isinstance(which, str | Mapping)):
+            raise AdapterError(f"use() takes a name, a set {{name: weight}} or None, not {type(which).__name__}.")
         wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        for name, weight in wanted.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise AdapterError(f"The weight of {name!r} must be a finite number, not {weight!r}.")
         for name in wanted:
             if name not in self.adapters:
                 raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")

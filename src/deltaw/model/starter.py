@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -303,7 +304,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as problem:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError, struct.error, OSError) as problem:
         raise BaseError(
             f"{gguf.name} cannot be read as a model: {problem}\n"
             "  The file may be truncated, or of an architecture transformers does not read from GGUF;\n"

@@ -15,17 +15,23 @@ from deltaw.errors import WorkFailed
 
 @contextmanager
 def space_explained(what: str, where: Path) -> Iterator[None]:
-    """Turn a full disk into one sentence; other OSErrors pass."""
+    """Turn a full disk, and a place that cannot be written to, into one sentence: WorkFailed."""
+    full = f"No space left while writing {what} to {where}. Free some space and run again."
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise WorkFailed(f"No space left while writing {what} to {where}. Free some space and run again.") from None
+            raise WorkFailed(full) from None
+        if isinstance(error, _UNWRITABLE) or error.errno == errno.EROFS:
+            raise WorkFailed(f"Cannot write {what} to {where}: {error.strerror}. Choose another place.") from None
         raise
     except Exception as error:  # safetensors raises its own class around the system's error
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise WorkFailed(f"No space left while writing {what} to {where}. Free some space and run again.") from None
+            raise WorkFailed(full) from None
         raise
+
+
+_UNWRITABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def sync_file(path: Path) -> None:

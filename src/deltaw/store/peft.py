@@ -10,6 +10,7 @@ Reading is strict: every tensor must be understood, nothing is guessed, a pickle
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from deltaw.store.files import whole_folder
 PREFIX = "base_model.model."
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+class UnfinishedRun(UserWarning):
+    """An adapter is read out of a run that has not ended."""
 
 
 def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
@@ -122,7 +127,12 @@ def adapter_folder(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
+            run = folder.parent
+            if folder.name == "adapter" and (run / "run.json").is_file() and not (run / "done.json").is_file():
+                warnings.warn(f"The run in {run} is not done: this is its best so far.", UnfinishedRun, stacklevel=3)
             return folder
+    if (path / "model" / "config.json").is_file():
+        raise AdapterError(f"{path} is a run that trained a whole model: use {path / 'model'} as the base.")
     if not path.exists():
         raise NotFound(f"No adapter at {path}: there is no such folder.")
     inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))

@@ -17,7 +17,7 @@ from deltaw.data.pack import collate, split_micro
 from deltaw.data.source import Row
 from deltaw.data.spec import DataSpec
 from deltaw.data.template import Example, encode_all, prompt_ids
-from deltaw.errors import DataError, RecipeError, near
+from deltaw.errors import DataError, RecipeError, WorkFailed, near
 from deltaw.model.generate import generate
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
@@ -43,9 +43,9 @@ def evaluate_rows(
     json        share whose answer parses to the same JSON value as the completion
     choice      share whose completion is the most likely of `labels` (or of the row's own "choices"), by the
                 summed log-likelihood of the answer and its end token
-    perplexity  exp of the mean negative log-likelihood of target tokens
+    perplexity  exp of the mean negative log-likelihood of target tokens; rows of text have no end token here
 
-    max_new_tokens  longest answer; None: the longest completion and 8 tokens
+    max_new_tokens  longest answer; None: the longest completion and 8 tokens, for json twice that (it may be indented)
     predictions     also return what was answered, under "predictions"; answers then run to their end, while
                     otherwise one that can no longer become the completion is cut short
 
@@ -92,8 +92,11 @@ def _check_options(row: Row, options: Sequence[str] | None) -> None:
 def data_spec(model: Model, template: str | None, max_tokens: int) -> DataSpec:
     """How rows become text for an evaluation: as the adapter in use was trained, unless `template` says."""
     in_use = [model.adapters[name] for name in model.run.use]
-    trained = in_use[0].provenance.get("recipe", {}).get("data", {}) if in_use else {}
+    provenance = in_use[0].provenance if in_use else {}
+    trained = provenance.get("recipe", {}).get("data", {})
     shape = {k: trained[k] for k in ("template", "separator", "append_end") if k in trained}
+    if "template" in provenance:  # rows of messages are chats whatever the recipe says of prompts
+        shape["template"] = provenance["template"]
     if template is not None:
         shape["template"] = template
     try:
@@ -138,7 +141,7 @@ def _answers(
     tokenizer = model.tokenizer
     prompts = [prompt_ids(row, tokenizer, spec) for row in rows]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
-    most = max_new_tokens or max(lengths) + 8
+    most = max_new_tokens or (max(lengths) + 8) * (2 if metric == "json" else 1)
     hopeless: Callable[[int, list[int]], bool] | None = None
     if metric == "exact" and not predictions:
 
@@ -190,6 +193,9 @@ def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
             owner = torch.searchsorted(batch.bounds, batch.predict_at[part], right=True) - 1
             for doc, score in zip(owner.tolist(), scores.double().tolist(), strict=True):
                 sums[micro[doc]] += score
+    if not all(map(math.isfinite, sums)):
+        bad = next(e.where for e, s in zip(examples, sums, strict=True) if not math.isfinite(s))
+        raise WorkFailed(f"{bad}: its log-likelihood is not finite: the adapter or the base is broken.")
     return sums
 
 
@@ -198,7 +204,8 @@ def _by_rows(logits: torch.Tensor, rows: int = 256) -> list[tuple[slice, torch.T
 
 
 def _perplexity(model: Model, rows: Sequence[Row], spec: DataSpec) -> dict[str, Any]:
-    encoded = encode_all(rows, model.tokenizer, spec)
+    texts = all(row.text is not None for row in rows)  # plain text has no end that could be predicted
+    encoded = encode_all(rows, model.tokenizer, spec.model_copy(update={"append_end": False}) if texts else spec)
     total = sum(log_likelihoods(model, encoded.examples))
     return {
         "value": math.exp(min(-total / encoded.n_targets, 700.0)),  # beyond it a float overflows

@@ -91,6 +91,10 @@ class TrainSpec(BaseModel):
         for key, value in positive.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{key} must be a finite number above 0, not {value}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit 64 bits, not {self.seed}")
+        if self.threads is not None and self.threads > 1024:
+            raise ValueError(f"threads must be at most 1024, not {self.threads}")
         o = self.optimizer
         not_negative = {
             "clip": self.clip,

@@ -13,7 +13,7 @@ import torch
 
 from deltaw.data.source import Row, data_hash, read_rows
 from deltaw.data.template import Encoded, encode_all
-from deltaw.errors import RecipeError
+from deltaw.errors import RecipeError, RunError
 from deltaw.model.base import best_dtype, load_base
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
@@ -106,6 +106,7 @@ def _train(
         "data": data_hash(rows),
         "valid": data_hash(valid) if valid is not None else None,
         "labels": labels,
+        "template": "chat" if any(r.messages for r in rows) else recipe.data.template,  # of what was learned
         "base": None if model.fingerprint is None else model.fingerprint.model_dump(),
         "dtype": dtype,
         "versions": versions(),
@@ -114,6 +115,10 @@ def _train(
     was_there = find_run(out, identity, allow_other_machine)
     finished = out / "done.json"
     if was_there and finished.exists():
+        if not (result := out / ("model" if recipe.adapter.trains_base else "adapter")).is_dir():
+            raise RunError(
+                f"{out} says that its run is done, but {result} is gone. Remove {finished} to make it again."
+            )
         yield Done(**json.loads(finished.read_text()))
         return
     model.attach(recipe.adapter, seed=recipe.train.seed)
@@ -202,11 +207,12 @@ def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, m
 
 def _provenance(loop: Loop, identity: dict[str, Any]) -> dict[str, Any]:
     p = loop.progress
-    path, folder = loop.recipe.base.path, loop.model.folder
+    path = loop.recipe.base.path
     is_hub_id = "/" in path and not Path(path).exists()
     return {
         "base": path,
-        "base_model_name_or_path": path if is_hub_id or folder is None else str(folder),  # where PEFT finds it
+        **({"base_model_name_or_path": path} if is_hub_id else {}),
+        "template": identity["template"],
         "recipe": identity["recipe"],
         "data_hash": identity["data"],
         "dtype": identity["dtype"],

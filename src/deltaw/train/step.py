@@ -8,12 +8,12 @@ import torch
 
 from deltaw.data.pack import collate, split_micro
 from deltaw.data.template import Example
-from deltaw.model.attention import packed_attention
+from deltaw.model.attention import packed_attention, packs
 from deltaw.model.model import Model
 from deltaw.model.recompute import recomputed_blocks
 from deltaw.train.loss import Loss
 
-_SEEDS = 2**42  # hosts multiply by a million, and a generator takes 63 bits
+_SEEDS = 2**42  # hosts multiply by a million and add strides of documents
 
 
 def step_gradient(
@@ -28,15 +28,17 @@ def step_gradient(
     """Add one step's gradient to the trainable parameters: (mean loss, tokens, target tokens).
 
     The sum over target tokens of all micro-batches is divided by their number in the whole step, so the
-    result does not depend on how the step is split. `seed` seeds dropout.
+    result does not depend on how the step is split. `seed` seeds dropout, document by document.
     """
     lengths = [len(e.input_ids) for e in examples]
     n_targets = sum(sum(e.is_target) for e in examples)
     total, n_tokens = 0.0, 0
     try:
-        for number, micro in enumerate(split_micro(range(len(examples)), lengths, micro_tokens)):
+        for micro in split_micro(range(len(examples)), lengths, micro_tokens):
             batch = collate([examples[i] for i in micro])
-            model.run.seed = (seed * 4096 + number) % _SEEDS
+            model.run.seed = seed % _SEEDS
+            pack = tuple((i, lengths[i], examples[i].n_targets) for i in micro)
+            model.run.pack = pack if packs(model.net) else None
             with packed_attention(model.net):
                 if checkpointing:
                     with recomputed_blocks(model.net):
@@ -48,7 +50,7 @@ def step_gradient(
             total += float(part.detach())
             n_tokens += batch.n_tokens
     finally:
-        model.run.seed = None
+        model.run.seed = model.run.pack = None
     return total, n_tokens, n_targets
 
 
