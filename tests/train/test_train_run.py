@@ -315,3 +315,25 @@ def test_full_in_bfloat16_is_refused_before_anything_is_made(base: Path, tmp_pat
     assert not (tmp_path / "run").exists()
     auto = run(recipe(base, adapter={"method": "full"}, base={"dtype": "auto"}, train={"steps": 1}), tmp_path / "a")
     assert auto[0].dtype == "float32"
+
+
+@pytest.mark.filterwarnings("ignore:.*tokenizer:UserWarning")
+def test_an_adapter_with_new_tokens_brings_its_tokenizer_so_that_peft_can_grow_the_base(
+    base: Path, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    spec = {"new_tokens": ["<a>", "<b>"]}
+    run(recipe(base, train={"steps": 2}, adapter=spec), tmp_path / "run", rows=[{"prompt": "x", "completion": "<a> y"}])
+    model = load_base(base)
+    model.attach(tmp_path / "run")
+    ids = torch.tensor([model.tokenizer("x <a> y<b>")["input_ids"]])
+    assert int(ids.max()) >= model.places.weights["model.embed_tokens"].in_features
+    peers = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        ours, theirs = model.logits(ids), peers(ids).logits
+    known = theirs.shape[-1]
+    torch.testing.assert_close(
+        ours[..., :known], theirs[..., : ours.shape[-1]], rtol=0, atol=1e-4
+    )  # logits of order 10
+    run(recipe(base, train={"steps": 2}, adapter=spec), tmp_path / "run", rows=[{"prompt": "x", "completion": "<a> y"}])

@@ -30,6 +30,8 @@ from deltaw.store.files import whole_folder
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
+_OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+_OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -37,15 +39,17 @@ class UnfinishedRun(UserWarning):
     """An adapter is read out of a run that has not ended."""
 
 
-def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
+def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -> Path:
     """Write `adapter` into `folder`, whole or not at all; an adapter that is there is replaced.
+
+    tokenizer  saved beside an adapter with new tokens, so that PEFT's AutoPeftModel grows the base by itself
 
     Raises AdapterError when `folder` holds anything else, WorkFailed when the disk is full.
     """
     folder = Path(folder)
     if folder.is_file():
         raise AdapterError(f"{folder} is a file; an adapter is a folder. Choose another name.")
-    if foreign := sorted(p.name for p in folder.glob("*") if p.name not in (CONFIG, TENSORS, OURS, "README.md")):
+    if foreign := sorted(p.name for p in folder.glob("*") if p.name not in _OURS):
         raise AdapterError(f"{folder} holds something that is not an adapter's ({foreign[0]}); choose another folder.")
     if adapter.spec.peft_type is None:
         raise AdapterError(f"Method {adapter.spec.name!r} has no adapter to save.")
@@ -64,6 +68,8 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (aside / OURS).write_text(json.dumps(ours, indent=1, default=str) + "\n")
         (aside / "README.md").write_text(_card(adapter, config))
+        if tokenizer is not None and adapter.spec.new_tokens:
+            tokenizer.save_pretrained(aside)
     return folder
 
 

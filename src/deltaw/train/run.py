@@ -17,6 +17,7 @@ from deltaw.errors import RecipeError, RunError
 from deltaw.model.base import best_dtype, load_base
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
+from deltaw.model.starter import quiet
 from deltaw.store.files import space_explained, whole_folder, write_text
 from deltaw.store.peft import write_adapter
 from deltaw.train.checkpoint import (
@@ -199,7 +200,7 @@ def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, m
     if recipe.eval.keep == "last" or progress.best is None:
         _save_result(loop, identity, out)
     elif not recipe.adapter.trains_base:
-        write_adapter(model.adapter(**_provenance(loop, identity)), out / "last")
+        write_adapter(model.adapter(**_provenance(loop, identity)), out / "last", model.tokenizer)
     done = _done(loop, out)
     write_text(out / "done.json", json.dumps(asdict(done)))
     yield done
@@ -229,9 +230,9 @@ def _save_result(loop: Loop, identity: dict[str, Any], out: Path) -> None:
     """The present state as RUN/adapter, or as a whole model in RUN/model for full fine-tuning."""
     model = loop.model
     if not loop.recipe.adapter.trains_base:
-        write_adapter(model.adapter(**_provenance(loop, identity)), out / "adapter")
+        write_adapter(model.adapter(**_provenance(loop, identity)), out / "adapter", model.tokenizer)
         return
-    with space_explained("the model", out), whole_folder(out / "model") as aside:
+    with quiet(), space_explained("the model", out), whole_folder(out / "model") as aside:
         model.net.save_pretrained(aside)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(aside)
