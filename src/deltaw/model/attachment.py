@@ -122,7 +122,7 @@ def _refuse_idle(spec: MethodSpec, chosen: list[LinearSite], places: Places) -> 
 
 
 def saved_modules(spec: MethodSpec, places: Places) -> list[str]:
-    """The modules that `save_modules` names, by whole last parts of their path, as PEFT matches them."""
+    """The modules whose path ends in a name of `save_modules`, as PEFT matches them: "norm" is every norm."""
     found: list[str] = []
     for wanted in spec.save_modules:
         hits = [n for n in places.modules if n == wanted or n.endswith(wanted)]
