@@ -50,6 +50,7 @@ def main() -> None:
         out = (
             ROOT / "runs" / "bench" / "-".join([args.recipe.stem, *(s.replace("=", "_") for s in args.set), str(seed)])
         )
+        was_there = (out / "done.json").exists()
         done = deltaw("train", args.recipe, *args.set, f"train.seed={seed}", "--out", out)
         result = deltaw(
             "eval", "--base", recipe.base.path, "--adapter", out, "--data", args.test, "--metric", args.metric
@@ -59,7 +60,9 @@ def main() -> None:
             "bench": args.recipe.stem,
             "tool": "deltaw",
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "commit": git.stdout.strip() or None,
+            "commit": None
+            if was_there
+            else git.stdout.strip() or None,  # which commit trained a run that was there is not known
             "machine": identity["machine"] | {"cpu": platform.processor() or None},
             "versions": identity["versions"],
             "seed": seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -331,7 +330,3 @@ class Model:
             if len(at):
                 parts.append(self.logits(batch.input_ids[None, start:end])[0, at])
         return torch.cat(parts)
-
-    def copy_tokenizer(self) -> Any:
-        """A copy of the tokenizer that may be changed."""
-        return copy.deepcopy(self.tokenizer)

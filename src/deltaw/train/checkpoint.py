@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltaw.errors import RunError
+from deltaw.model.base import has_fast_bfloat16
 from deltaw.store.files import whole_folder, write_text
 
 KEEP = 2
@@ -45,7 +46,7 @@ def machine() -> dict[str, Any]:
     return {
         "architecture": platform.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "bf16": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()),
+        "bf16": has_fast_bfloat16(),
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()),
         "threads": torch.get_num_threads(),
     }

@@ -29,7 +29,7 @@ from deltaw.train.checkpoint import (
     save_checkpoint,
     versions,
 )
-from deltaw.train.evaluate import check_rows, evaluate_rows
+from deltaw.train.evaluate import check_rows, evaluate_rows, read_labels
 from deltaw.train.events import Done, Eval, Event, Saved, Start
 from deltaw.train.loop import Evaluate, Loop, peak_rss_mb
 from deltaw.train.loss import find_loss
@@ -86,8 +86,6 @@ def _rows(source: Rows | None, what: str) -> list[Row]:
 
 
 def _labels(recipe: Recipe) -> list[str] | None:
-    from deltaw.train.evaluate import read_labels
-
     return read_labels(recipe.eval.labels) if recipe.eval.labels else None
 
 
