@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from deltaw.core import fingerprint as module
+from deltaw.core.checkpoint_files import read_header
 from deltaw.core.fingerprint import (
     HARD,
     SOFT,
     BaseFingerprint,
     fingerprint_folder,
     hash_checkpoint,
-    read_header,
 )
 from deltaw.errors import BaseError
 

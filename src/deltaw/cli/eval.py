@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,9 @@ import typer
 BaseOption = Annotated[str, typer.Option("--base", help="Folder, hub id, .gguf file or starter name.")]
 AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Folder of a saved adapter, or of a run.")]
 OtherBaseOption = Annotated[bool, typer.Option("--allow-other-base", help="Attach although the base differs.")]
+FormatOption = Annotated[str, typer.Option(help="dense: as the base has it; nf4, fp4, int4, int8: quantise it first.")]
+BlockOption = Annotated[int, typer.Option(help="Of a quantised format: values that share a scale.")]
+DoubleOption = Annotated[bool, typer.Option("--double-quant", help="Of a quantised format: scales in 8 bits too.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, ..., or auto: bfloat16 where the CPU has it.")]
 
 
@@ -22,6 +26,9 @@ def evaluate(
     labels: Annotated[Path | None, typer.Option(help="JSON list of labels, for choice.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     dtype: DtypeOption = "auto",
+    format: FormatOption = "dense",
+    block: BlockOption = 64,
+    double_quant: DoubleOption = False,
     template: Annotated[str | None, typer.Option(help="plain or chat; the adapter's own by default.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest document, in tokens.")] = 2048,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
@@ -47,7 +54,8 @@ def evaluate(
         write_text(predictions, "")  # a place that cannot be written to is said before the work
     rows = read_rows(data)[:limit]
     names = read_labels(labels) if labels else None
-    model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))
+    say = partial(typer.echo, err=True)
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     result = evaluate_rows(

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from deltaw.cli.eval import AdapterOption, BaseOption, DtypeOption, OtherBaseOption
+from deltaw.cli.eval import (
+    AdapterOption,
+    BaseOption,
+    BlockOption,
+    DoubleOption,
+    DtypeOption,
+    FormatOption,
+    OtherBaseOption,
+)
 
 
 def generate(
@@ -22,6 +31,9 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random stream.")] = 0,
     dtype: DtypeOption = "auto",
+    format: FormatOption = "dense",
+    block: BlockOption = 64,
+    double_quant: DoubleOption = False,
     allow_other_base: OtherBaseOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
@@ -33,7 +45,8 @@ def generate(
     from deltaw.model.generate import generate as continue_
     from deltaw.train.evaluate import data_spec
 
-    model = load_base(base, dtype=dtype, say=lambda text: typer.echo(text, err=True))
+    say = partial(typer.echo, err=True)
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     row = Row(prompt=prompt, completion="", source="the prompt,")

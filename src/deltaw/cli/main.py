@@ -15,6 +15,7 @@ from deltaw.cli.fetch import fetch
 from deltaw.cli.generate import generate
 from deltaw.cli.inspect import inspect
 from deltaw.cli.merge import merge
+from deltaw.cli.quantize import quantize
 from deltaw.cli.train import train
 from deltaw.core.fingerprint import set_cache_dir
 from deltaw.errors import DeltawError
@@ -31,6 +32,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("merge")(merge)
+app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.add_typer(data.app, name="data")
 

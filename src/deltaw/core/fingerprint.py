@@ -23,7 +23,7 @@ from typing import Any
 import platformdirs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deltaw.errors import BaseError
+from deltaw.core.checkpoint_files import broken, checkpoint_files, read_header, read_json
 
 __all__ = [
     "HARD",
@@ -31,22 +31,20 @@ __all__ = [
     "SOURCE_FILE",
     "BaseFingerprint",
     "cache_dir",
-    "checkpoint_files",
     "fingerprint_folder",
     "hash_checkpoint",
-    "read_header",
     "set_cache_dir",
 ]
 
 HARD = ("weights", "architecture", "tokenizer")  # a difference is an error
 SOFT = ("chat_template", "format")  # a difference is a warning
 SOURCE_FILE = "deltaw_base.json"
-"""In a folder deltaw made: `name`, the base's human name, and `source`, the file it was converted from."""
+"""In a folder deltaw made: `name`, the base's human name, and `source`, the file it was converted from. In one that it
+quantised also `fingerprint`, the dense checkpoint's, and `sha256`, over the quantised tensors."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CLOCK_TICK_NS = 50_000_000  # a file changed this shortly before it was hashed could change again unseen
 HASH_THREADS = 4
-HEADER_LIMIT_BYTES = 100_000_000
 VOCABULARIES = (
     "tokenizer.model",
     "spiece.model",
@@ -59,9 +57,6 @@ HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 PREFIXES = ("model.", "transformer.", "gpt_neox.", "backbone.")
 MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
-ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
-ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 NOT_ARCHITECTURE = re.compile(
     r"_.*|transformers_version|torch_dtype|dtype|use_cache|quantization_config|architectures|auto_map"
     r"|initializer_range|tie_word_embeddings|(bos|eos|pad|unk|sep|decoder_start)_token_id|pretraining_tp"
@@ -128,10 +123,11 @@ class BaseFingerprint(BaseModel):
         return f"{self.model_type}/{value[:12]}" if field == "architecture" else value[:12] or "none"
 
 
-def fingerprint_folder(folder: Path, cache: Path | None = None) -> BaseFingerprint:
+def fingerprint_folder(folder: Path, cache: Path | None = None, *, checked: bool = True) -> BaseFingerprint:
     """The fingerprint of a folder in Hugging Face layout; from the cache while no file in it has changed.
 
     cache    folder that keeps fingerprints; None is cache_dir() / "fingerprints"
+    checked  False: the folder's own bytes, without what a quantised one says of its source; nothing is kept
 
     Raises BaseError when the folder has no config.json, no safetensors, or a truncated or corrupt one.
     """
@@ -141,9 +137,9 @@ def fingerprint_folder(folder: Path, cache: Path | None = None) -> BaseFingerpri
     key = _files_key(folder, files)
     kept_in = (cache or cache_dir() / "fingerprints") / f"{_sha256(str(folder.resolve()).encode())[:32]}.json"
     kept = _read_kept(kept_in, key)
-    if kept is not None:
+    if kept is not None and checked:
         return kept
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     weights, parameters, dtype = _hash_files(files, tied=config.get("tie_word_embeddings") is not False)
     fingerprint = BaseFingerprint(
         name=_human_name(folder),
@@ -152,11 +148,38 @@ def fingerprint_folder(folder: Path, cache: Path | None = None) -> BaseFingerpri
         model_type=str(config.get("model_type", "")),
         tokenizer=_hash_tokenizer(folder),
         chat_template=_hash_chat_template(folder),
+        format=_saved_format(config),
         dtype=dtype,
         parameters=parameters,
     )
+    if not checked:
+        return fingerprint
+    if fingerprint.format != "dense":
+        fingerprint = _of_source(folder, fingerprint)
     _keep(kept_in, {"version": CACHE_VERSION, "hashed_ns": started_ns, "key": key}, fingerprint)
     return fingerprint
+
+
+def _saved_format(config: dict[str, Any]) -> str:
+    """ "dense", or by its quantisation's short name what the folder's weights are kept in."""
+    found = config.get("quantization_config") or {}
+    return str(found.get("name") or found.get("bnb_4bit_quant_type") or found.get("quant_method") or "dense")
+
+
+def _of_source(folder: Path, own: BaseFingerprint) -> BaseFingerprint:
+    """The identity of the dense checkpoint that a quantised folder was made from, where the folder says so."""
+    note = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    if "fingerprint" not in note:
+        return own
+    if note.get("sha256") != own.weights:
+        raise broken(folder, f"was changed after it was quantised: its tensors hash to {own.weights[:12]}")
+    try:
+        source = BaseFingerprint.model_validate(note["fingerprint"])
+    except ValidationError as problem:
+        raise broken(
+            folder / SOURCE_FILE, f"holds no fingerprint: {problem.error_count()} fields are wrong"
+        ) from problem
+    return source.model_copy(update={"tokenizer": own.tokenizer, "chat_template": own.chat_template})
 
 
 def hash_checkpoint(tensors: Iterable[Tensor], *, tied: bool = True) -> str:
@@ -166,71 +189,6 @@ def hash_checkpoint(tensors: Iterable[Tensor], *, tied: bool = True) -> str:
     tied     a head whose bytes equal an embedding's is left out: files store such a tie once or twice
     """
     return _hash_tensors(tensors, tied=tied)[0]
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as transformers chooses them.
-
-    Raises BaseError when there are none (pickles are refused by name) or an indexed shard is missing.
-    """
-    if not (folder / "config.json").is_file():
-        raise BaseError(f"{folder} has no config.json.\n  Give a model's folder in Hugging Face layout.")
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            what = f"{folder} misses {', '.join(missing)}, which {index.name} names"
-            raise BaseError(f"{what}.\n  Download the model again.")
-        return [folder / name for name in shards]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        raise BaseError(
-            f"{folder} holds its weights in {', '.join(pickles)}. Pickles may run code when they are read:\n"
-            "  they are refused. Use a safetensors version, or convert it where you trust it:\n"
-            "  AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise BaseError(f"{folder} has no model.safetensors, nor {index.name}.\n  Is the download complete?")
-
-
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Tensors of a safetensors file, checked: {name: (dtype, shape, first byte in the file, end byte)}.
-
-    Raises BaseError naming the file, with expected and found sizes where it is truncated.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        if size < 8 or n > HEADER_LIMIT_BYTES:
-            raise _broken(path, f"has no safetensors header ({size} bytes)")
-        if size < 8 + n:
-            raise _broken(path, f"is truncated: its header alone needs {8 + n} bytes, the file has {size}")
-        raw = file.read(n)
-    found = {}
-    try:
-        for name, tensor in json.loads(raw).items():
-            if name != "__metadata__":
-                first, last = (8 + n + int(offset) for offset in tensor["data_offsets"])
-                found[name] = str(tensor["dtype"]), tuple(map(int, tensor["shape"])), first, last
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise _broken(path, f"has a corrupt safetensors header ({problem})") from problem
-    end = 8 + n
-    for name, (dtype, shape, first, last) in sorted(found.items(), key=lambda item: item[1][2:]):
-        item = ITEM_BYTES.get(dtype)
-        if first != end or last < first or (item and last - first != item * math.prod(shape)):
-            where = f"{name}: {dtype} {shape} at {first}-{last}"
-            raise _broken(path, f"has a corrupt safetensors header ({where})")
-        end = last
-    if size != end:
-        what = "is truncated" if size < end else "has bytes after its last tensor"
-        raise _broken(path, f"{what}: expected {end} bytes, found {size}")
-    return found
-
-
-def _broken(path: Path, what: str) -> BaseError:
-    return BaseError(f"{path} {what}.\n  Download or copy the file again.")
 
 
 def _hash_files(files: Iterable[Path], *, tied: bool) -> tuple[str, int, str]:
@@ -243,7 +201,7 @@ def _hash_files(files: Iterable[Path], *, tied: bool) -> tuple[str, int, str]:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for name, (dtype, shape, first, last) in header.items():
             if name in held_by:
-                raise _broken(path, f"holds tensor {name!r}, which {held_by[name]} holds too")
+                raise broken(path, f"holds tensor {name!r}, which {held_by[name]} holds too")
             held_by[name] = path.name
             tensors.append((name, dtype, shape, view[first:last]))
     sizes: Counter[str] = Counter()
@@ -307,7 +265,7 @@ def _architecture(config: dict[str, Any]) -> dict[str, Any]:
 def _hash_tokenizer(folder: Path) -> str:
     """Hash of vocabulary, merges and added tokens; padding, truncation and decoding settings do not count."""
     if (folder / "tokenizer.json").is_file():
-        whole = _read_json(folder / "tokenizer.json")
+        whole = read_json(folder / "tokenizer.json")
         model = whole.get("model") or {}
         vocab, merges = model.get("vocab") or {}, model.get("merges") or []
         added = {token["content"]: token["id"] for token in whole.get("added_tokens") or []}
@@ -324,7 +282,7 @@ def _hash_chat_template(folder: Path) -> str:
     if (folder / "chat_template.jinja").is_file():
         return _sha256((folder / "chat_template.jinja").read_text(encoding="utf-8").encode())
     settings = folder / "tokenizer_config.json"
-    template = _read_json(settings).get("chat_template") if settings.is_file() else None
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
     if not template:
         return ""
     return _sha256(template.encode() if isinstance(template, str) else _canonical(template))
@@ -332,7 +290,7 @@ def _hash_chat_template(folder: Path) -> str:
 
 def _human_name(folder: Path) -> str:
     if (folder / SOURCE_FILE).is_file():
-        return str(_read_json(folder / SOURCE_FILE).get("name", folder.name))
+        return str(read_json(folder / SOURCE_FILE).get("name", folder.name))
     whole = folder.resolve()
     hub = re.search(r"models--([^/\\]+)[/\\]snapshots", str(whole))
     return hub[1].replace("--", "/", 1) if hub else whole.name
@@ -353,16 +311,6 @@ def _canonical(value: Any) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise _broken(path, f"is not valid JSON: {problem}") from problem
-    if not isinstance(value, dict):
-        raise _broken(path, f"holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def _files_key(folder: Path, weights: list[Path]) -> list[list[Any]]:

@@ -20,6 +20,18 @@ class DenseWeight(nn.Module):
         self.register_buffer("stored", stored.detach(), persistent=False)
         self.transposed = transposed
 
+    @staticmethod
+    def planned(
+        out_features: int,
+        in_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block: int = 64,
+        double_quant: bool = False,
+    ) -> tuple[int, int]:
+        """Bytes of such a matrix in `dtype`, and of its constants: none. The other settings are quantised formats'."""
+        return out_features * in_features * dtype.itemsize, 0
+
     @property
     def in_features(self) -> int:
         return self.stored.shape[0 if self.transposed else 1]

@@ -12,12 +12,12 @@ import torch
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import VOCABULARIES, BaseFingerprint, fingerprint_folder
-from deltaw.errors import AdapterError, BadInput, NotMergeable, RunError, near
+from deltaw.errors import AdapterError, BadInput, NotMergeable, near
 from deltaw.merge.changes import changes_of, grown_vocabulary
 from deltaw.merge.checkpoint import SHARD_BYTES, Checkpoint
 from deltaw.merge.probe import Probe, compare_folder, probe_text, unmerged_logits
 from deltaw.merge.source import Source, refuse_quantised
-from deltaw.merge.write import Tally, write_beside, write_config, write_weights
+from deltaw.merge.write import Tally, refuse_used, write_beside, write_config, write_weights
 from deltaw.model.identity import compare
 from deltaw.model.load import DTYPES, load_tokenizer, resolve_base
 from deltaw.model.vocabulary import with_tokens
@@ -95,7 +95,7 @@ def bake(
     """
     started = time.monotonic()
     out = Path(out)
-    _refuse_used(out)
+    refuse_used(out)
     if dtype is not None and dtype not in OUT_DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}.{near(dtype, OUT_DTYPES)} Known: {', '.join(OUT_DTYPES)}.")
     if not isinstance(adapter, Adapter):
@@ -178,14 +178,6 @@ class _Job:
             size_bytes=tally.n_bytes,
             seconds=round(seconds, 3),
         )
-
-
-def _refuse_used(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "holds something" if out.is_dir() else "is a file"
-        raise RunError(f"{out} {what}: a merge writes a new folder.\n  Choose another --out, or empty it.")
 
 
 def _refuse_unmergeable(adapter: Adapter) -> None:

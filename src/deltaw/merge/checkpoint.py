@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.core.fingerprint import checkpoint_files, read_header
+from deltaw.core.checkpoint_files import checkpoint_files, read_header
 from deltaw.formats.dense import DenseWeight
 from deltaw.store.files import write_text
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import WorkFailed
+from deltaw.errors import RunError, WorkFailed
 from deltaw.merge.changes import Change, checked
 from deltaw.merge.checkpoint import FLOATS, Planned, write_shards
 from deltaw.merge.source import Source
@@ -87,6 +87,15 @@ class Output:
     change: Change | None
     shape: tuple[int, ...]
     dtype: torch.dtype | None = field(default=None)  # None: left as it is (integers)
+
+
+def refuse_used(out: Path) -> None:
+    """Raise RunError unless `out` is a folder that is not there yet, or empty."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        what = "holds something" if out.is_dir() else "is a file"
+        raise RunError(f"{out} {what}: what is written here is a new folder.\n  Choose another --out, or empty it.")
 
 
 def write_weights(

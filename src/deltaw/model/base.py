@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.errors import BaseError, near
-from deltaw.formats import FORMATS
+from deltaw.formats import FORMATS, QUANTISED
 from deltaw.model.load import load_tokenizer, load_transformers, resolve_base
 from deltaw.model.model import Model
+from deltaw.model.quantised import Format
 
 
 def has_fast_bfloat16() -> bool:
@@ -30,13 +32,18 @@ def load_base(
     format: str = "dense",
     dtype: str | torch.dtype = "float32",
     say: Callable[[str], None] | None = None,
+    *,
+    block: int = 64,
+    double_quant: bool = False,
 ) -> Model:
     """Load a base model to attach adapters to.
 
     path    a folder in Hugging Face layout, a hub id, a .gguf file, or a starter name
-    format  how its linear weights are kept: "dense"
+    format  how its linear weights are kept: "dense" (as the folder has them), or quantised while they load: "nf4",
+            "fp4", "int4", "int8". Head, embeddings, norms and biases stay in `dtype`
     dtype   "float32", "bfloat16", "float16", "float64" or such a torch dtype; "auto": bfloat16 where the CPU has it
     say     called with a sentence when something takes a while (a download, a conversion)
+    block, double_quant  of a quantised format: values that share a scale (32 to 4096); scales in 8 bits too
 
     Raises BaseError.
     """
@@ -45,6 +52,14 @@ def load_base(
         raise BaseError(f"A base is a path or a name, not {type(path).__name__}.")
     if format not in FORMATS:
         raise BaseError(f"Unknown format {format!r}.{near(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+    how = Format(format, block, double_quant) if format in QUANTISED else None
+    if how is None and (double_quant or block != 64):
+        raise BaseError("double_quant and block belong to a quantised format: pass format='nf4' or another one too.")
     folder = resolve_base(path, say=say)
-    net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype)
-    return Model(net, load_tokenizer(folder), fingerprint_folder(folder), folder)
+    with ThreadPoolExecutor(1) as aside:  # hashing reads the same pages that loading reads
+        fingerprint = aside.submit(fingerprint_folder, folder)
+        net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype, how)
+        found = fingerprint.result()
+    if how is not None and found.format == "dense":
+        found = found.model_copy(update={"format": str(how)})
+    return Model(net, load_tokenizer(folder), found, folder)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deltaw.core.fingerprint import checkpoint_files, fingerprint_folder
+from deltaw.core.checkpoint_files import checkpoint_files
+from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.core.site import LinearSite
 from deltaw.errors import BaseError
 from deltaw.model.empty import empty_network

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from deltaw.core.fingerprint import checkpoint_files, read_header
+from deltaw.core.checkpoint_files import checkpoint_files, read_header
 from deltaw.errors import BaseError, WorkFailed, near
+from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
 
 __all__ = [
@@ -81,22 +83,37 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_transformers(folder: Path, dtype: str) -> PreTrainedModel:
+def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> PreTrainedModel:
     """The frozen network of a folder in Hugging Face layout, in eval mode, on the CPU.
 
     dtype   a key of DTYPES; weights are converted while they load
+    how     the format to keep linear maps in; None: as the folder has them
 
     Raises BaseError: no config, no safetensors (pickles are refused), a truncated file, an architecture that
-    is not a causal language model, tensors that are missing, left over or misshapen.
+    is not a causal language model, tensors that are missing, left over or misshapen, weights that are quantised
+    already in another way.
     """
     if dtype not in DTYPES:
         raise BaseError(f"unknown dtype {dtype!r}.{near(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
     for file in checkpoint_files(folder):
         read_header(file)
+    saved = _saved_format(folder)
+    if saved is not None and how is not None and how.name != saved.name:
+        raise BaseError(
+            f"{folder} holds {saved.name} weights: they cannot become {how.name}.\n"
+            "  Quantise the 16- or 32-bit model that it was made from, or leave the format out."
+        )
+    how = saved or how
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config.__dict__.pop("quantization_config", None)
+            if saved is not None:
+                config.quantization_config = own_config(saved)
             net, info = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
+                quantization_config=argument(how) if how is not None and saved is None else None,
                 dtype=DTYPES[dtype],
                 local_files_only=True,
                 use_safetensors=True,
@@ -109,6 +126,8 @@ def load_transformers(folder: Path, dtype: str) -> PreTrainedModel:
             f"{folder} does not load as a causal language model: {_first_line(problem)}\n"
             "  Check config.json; models that need code from their repository are refused."
         ) from problem
+    if how is not None:
+        settle(net, folder)
     _check_complete(folder, info)
     declared = net.config.architectures or []
     if declared and all(name.endswith("ForMaskedLM") for name in declared):
@@ -117,6 +136,16 @@ def load_transformers(folder: Path, dtype: str) -> PreTrainedModel:
     check_finite(net)
     check_causal(net)
     return net
+
+
+def _saved_format(folder: Path) -> Format | None:
+    path = folder / "config.json"
+    try:
+        return saved_format(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as problem:
+        raise BaseError(f"{path} is not a JSON object: {problem}.\n  Download the model again.") from problem
+    except BaseError as problem:
+        raise BaseError(f"{folder}: {problem}") from problem
 
 
 @torch.no_grad()

@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
+from deltaw.core.weight import Weight
 from deltaw.data.pack import Batch
 from deltaw.errors import AdapterError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Places, fresh, strict
 from deltaw.model.attention import Documents, DocumentsLost, cannot_pack, packed_attention, packs
+from deltaw.model.frozen import FrozenLinear
 from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
 from deltaw.model.identity import compare
 from deltaw.model.load import refuse_unsupported
@@ -27,6 +30,11 @@ from deltaw.model.sites import find_sites
 from deltaw.model.swap import Swapped
 from deltaw.model.vocabulary import add_rows, with_tokens
 from deltaw.store.peft import read_adapter
+
+
+def _weight(module: nn.Module, site: LinearSite) -> Weight:
+    """The frozen matrix of one linear map."""
+    return module.frozen if isinstance(module, FrozenLinear) else DenseWeight(module.weight, site.kind != "linear")
 
 
 class Model:
@@ -56,7 +64,7 @@ class Model:
         sites = find_sites(net)
         self.places = Places(
             sites=sites,
-            weights={n: DenseWeight(modules[n].weight, s.kind != "linear") for n, s in sites.items()},
+            weights={n: _weight(modules[n], s) for n, s in sites.items()},
             biases={n: getattr(modules[n], "bias", None) for n in sites},
             modules=modules,
         )
@@ -123,6 +131,8 @@ class Model:
         if spec.trains_base:
             if self.adapters:
                 raise AdapterError("Method 'full' trains the base itself: detach the other adapters first.")
+            if any(isinstance(m, FrozenLinear) for m in self.places.modules.values()):
+                raise AdapterError("Method 'full' trains the base itself; a quantised one is only read: use dense.")
             self.net.requires_grad_(True)
         elif spec.new_tokens:
             made.rows |= add_rows(self._take_tokens(spec.new_tokens), self.net, self._base_tensors, self.places)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.core.site import LinearSite
+from deltaw.model.frozen import FrozenLinear
 
 
 def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
@@ -20,6 +21,11 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
     head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
     sites: dict[str, LinearSite] = {}
     for name, module in net.named_modules():
+        if isinstance(module, FrozenLinear):
+            sites[name] = LinearSite(
+                name, module.in_features, module.out_features, module.kind, module.bias is not None
+            )
+            continue
         if isinstance(module, nn.Linear) and _is_plain(module):
             sites[name] = LinearSite(
                 name,

@@ -99,7 +99,8 @@ def _train(
     say: Callable[[str], None] | None,
 ) -> Iterator[Event]:
     dtype = best_dtype(recipe.adapter.trains_base) if recipe.base.dtype == "auto" else recipe.base.dtype
-    model = load_base(recipe.base.path, recipe.base.format, dtype, say=say)
+    b = recipe.base
+    model = load_base(b.path, b.format, dtype, say=say, block=b.block, double_quant=b.double_quant)
     identity = {
         "recipe": recipe.plain(),
         "data": data_hash(rows),

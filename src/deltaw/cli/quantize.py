@@ -1,0 +1,34 @@
+"""deltaw quantize: write a base with its linear maps in 4 or 8 bits."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    base: Annotated[str, typer.Option(help="A folder, a hub id, a .gguf file or a starter name; not quantised yet.")],
+    out: Annotated[str, typer.Option(help="Where the quantised base goes: a new or empty folder.")],
+    format: Annotated[str, typer.Option(help="nf4, fp4, int4 or int8.")] = "nf4",
+    block: Annotated[int, typer.Option(help="Values that share a scale: a power of two from 32 to 4096.")] = 64,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="Keep the scales in 8 bits too.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what stays dense (head, embeddings, norms); by default what the base has.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantise a base once and keep it; nf4 and fp4 load in transformers with bitsandbytes too."""
+    from deltaw.merge.quantise import quantise_base
+    from deltaw.model.quantised import Format
+
+    how = Format(format, block, double_quant)
+    report = quantise_base(base, out, how, dtype=dtype, say=lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+    else:
+        typer.echo(
+            f"{report.out}: {report.n_quantised} linear maps in {report.format} ({report.bits:.3f} bits a weight, "
+            f"{report.quantised_bytes / 1e6:,.1f} MB), {report.dense_bytes / 1e6:,.1f} MB dense; {report.seconds:.1f} s"
+        )

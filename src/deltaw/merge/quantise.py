@@ -1,0 +1,129 @@
+"""Write a base with its linear maps in 4 or 8 bits, so that quantising is paid once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltaw.core.fingerprint import SOURCE_FILE, fingerprint_folder
+from deltaw.errors import BaseError
+from deltaw.merge.checkpoint import SHARD_BYTES, Planned, write_shards
+from deltaw.merge.write import refuse_used, write_beside, write_config
+from deltaw.model.load import DTYPES, load_transformers, resolve_base
+from deltaw.model.quantised import Format, frozen_weights, saved_config
+from deltaw.store.files import whole_folder, write_text
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class QuantiseReport:
+    """What `quantise_base` wrote.
+
+    format            of the linear maps, as in "nf4+dq"
+    bits              of such a weight, constants included
+    n_quantised       linear maps in that format
+    quantised_bytes   of those maps, constants included; dense_bytes is everything else
+    size_bytes        of the weight files
+    """
+
+    out: str
+    base: str
+    format: str
+    bits: float
+    n_quantised: int
+    quantised_bytes: int
+    dense_bytes: int
+    size_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def quantise_base(
+    base: str | Path,
+    out: str | Path,
+    how: Format,
+    *,
+    dtype: str | None = None,
+    say: Say | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> QuantiseReport:
+    """Quantise a base and write it as a folder, whole or not at all. nf4 and fp4 are written as bitsandbytes does.
+
+    base   a folder in Hugging Face layout, a hub id, a .gguf file, or a starter name; not quantised yet
+    out    a folder that is not there yet, or empty
+    how    format, block size, double quantisation
+    dtype  of what stays dense (head, embeddings, norms, biases); None: the checkpoint's
+
+    Raises BaseError, RunError (`out` holds something), WorkFailed (a full disk).
+    """
+    started = time.monotonic()
+    out = Path(out)
+    refuse_used(out)
+    folder = resolve_base(base, say=say)
+    source = fingerprint_folder(folder)
+    if source.format != "dense":
+        raise BaseError(f"{folder} is quantised already ({source.format}).\n  Give the model that it was made from.")
+    own = source.dtype if source.dtype in DTYPES else "float32"
+    dtype = dtype or own
+    if say:
+        say(f"quantising {folder} to {how}")
+    net = load_transformers(folder, dtype, how)
+    frozen = frozen_weights(net)
+    with whole_folder(out) as aside:
+        size = _write_tensors(net, aside, shard_bytes)
+        write_config(folder, aside, dtype=dtype, tied=None, vocab_size=None)
+        _write_format(net, aside, how, dtype)
+        write_beside(folder, aside, None)
+        digest = fingerprint_folder(aside, checked=False).weights
+        kept = source.model_copy(update={"format": str(how)})
+        note = {"name": source.name, "fingerprint": kept.model_dump(), "sha256": digest}
+        write_text(aside / SOURCE_FILE, json.dumps(note, indent=2) + "\n")
+    n_bytes = sum(w.nbytes() for w in frozen.values())
+    n_values = sum(w.in_features * w.out_features for w in frozen.values())
+    return QuantiseReport(
+        out=str(out),
+        base=source.short(),
+        format=str(how),
+        bits=8 * n_bytes / max(n_values, 1),
+        n_quantised=len(frozen),
+        quantised_bytes=n_bytes,
+        dense_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
+        size_bytes=size,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _write_tensors(net: PreTrainedModel, folder: Path, shard_bytes: int) -> int:
+    """Every tensor of the network, a tied one once, under the network's own names; returns bytes of the files."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        plain = dict(net.named_parameters())
+        hidden = {id(t) for w in frozen_weights(net).values() for t in w.buffers()}
+        kept = net.state_dict()
+        yield from plain.items()
+        yield from ((n, t) for n, t in net.named_buffers() if n in kept and id(t) not in hidden)
+        for name, weight in frozen_weights(net).items():
+            yield from ((f"{name}.{part}", t) for part, t in weight.entries().items())
+
+    planned = [Planned(name, t.numel() * t.element_size()) for name, t in tensors()]
+    return write_shards(folder, planned, ((n, t.detach().contiguous()) for n, t in tensors()), shard_bytes)
+
+
+def _write_format(net: PreTrainedModel, folder: Path, how: Format, dtype: str) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    left = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    config["quantization_config"] = saved_config(how, dtype, left)
+    write_text(path, json.dumps(config, indent=2) + "\n")
