@@ -72,6 +72,20 @@ def rename(folder: Path, change) -> Path:
     return folder
 
 
+def renamed_base(folder, tie=False):
+    """A checkpoint with names that transformers changes on load."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, layer_types=["full_attention"] * 2, tie_word_embeddings=tie,
+        max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_base(Qwen3_5ForCausalLM(config), folder)
+    return rename(folder, lambda k: k.replace("model.", "model.language_model.", 1) if k[0] == "m" else k)
+
+
 def config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 

@@ -6,7 +6,19 @@ import json
 
 import pytest
 import torch
-from made_bases import TEXT, attached_logits, config, logits, noisy, oracle, plain, rename, save_base, stored
+from made_bases import (
+    TEXT,
+    attached_logits,
+    config,
+    logits,
+    noisy,
+    oracle,
+    plain,
+    rename,
+    renamed_base,
+    save_base,
+    stored,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -321,20 +333,6 @@ def test_an_old_gpt2_checkpoint_without_the_prefix(saved, tmp_path, targets):
     assert report.route == "shards"
     assert "h.0.attn.c_attn.weight" in stored(tmp_path / "out")
     torch.testing.assert_close(logits(tmp_path / "out", IDS), attached_logits(base, adapter, IDS), **CLOSE)
-
-
-def renamed_base(folder, tie=False):
-    """A checkpoint with names that transformers changes on load."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    config = Qwen3_5TextConfig(
-        vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, layer_types=["full_attention"] * 2, tie_word_embeddings=tie,
-        max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    save_base(Qwen3_5ForCausalLM(config), folder)
-    return rename(folder, lambda k: k.replace("model.", "model.language_model.", 1) if k[0] == "m" else k)
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -33,6 +33,13 @@ def merge(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not load the models to compare logits (saves memory).")
     ] = False,
+    into: Annotated[
+        str,
+        typer.Option(
+            help="dense: the base at full precision. For an adapter of a quantised base also dequantised (what that "
+            "base computes with, written dense) and quantised (quantised again: loses precision, says how much)."
+        ),
+    ] = "dense",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write base + adapter as a plain transformers folder, and say how near the two are."""
@@ -47,6 +54,7 @@ def merge(
         text=None if text is None else _read(text),
         say=lambda line: typer.echo(line, err=True),
         measure=not no_check,
+        into=into,
     )
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
@@ -68,6 +76,8 @@ def _table(report: MergeReport) -> Table:
     table = Table(show_header=False, title=Text(f"{report.base} + {report.adapter[:12]}"), title_justify="left")
     table.add_row("written to", Text(report.out))
     table.add_row("weights", f"{report.dtype}, {report.size_bytes / 1e6:,.1f} MB, {report.n_tensors} tensors")
+    if report.format != "dense":
+        table.add_row("format", f"{report.format}: the change is rounded")
     table.add_row("changed", f"{report.n_tensors_changed} tensors, by at most {report.largest_change:.3g} a weight")
     table.add_row("rounded away", f"{report.lost_share:.2%} of {report.n_weights_changed:,} changes, in {report.dtype}")
     if report.untied:
@@ -78,5 +88,6 @@ def _table(report: MergeReport) -> Table:
         p = report.probe
         table.add_row("logits apart", f"{p.logit_max:.3g} at most, {p.logit_mean:.3g} on average")
         table.add_row("same next token", f"{p.top1:.1%} of {p.n_tokens} ({p.kind})")
+        table.add_row("perplexity", f"{p.perplexity_before:.4g} before, {p.perplexity_after:.4g} after")
     table.add_row("took", f"{report.seconds:.1f} s")
     return table

@@ -179,7 +179,8 @@ def _of_source(folder: Path, own: BaseFingerprint) -> BaseFingerprint:
         raise broken(
             folder / SOURCE_FILE, f"holds no fingerprint: {problem.error_count()} fields are wrong"
         ) from problem
-    return source.model_copy(update={"tokenizer": own.tokenizer, "chat_template": own.chat_template})
+    here = {"tokenizer": own.tokenizer, "chat_template": own.chat_template, "dtype": own.dtype}
+    return source.model_copy(update=here)
 
 
 def hash_checkpoint(tensors: Iterable[Tensor], *, tied: bool = True) -> str:
@@ -206,7 +207,7 @@ def _hash_files(files: Iterable[Path], *, tied: bool) -> tuple[str, int, str]:
             tensors.append((name, dtype, shape, view[first:last]))
     sizes: Counter[str] = Counter()
     for _, dtype, shape, _ in tensors:
-        sizes[dtype] += math.prod(shape)
+        sizes[dtype] += math.prod(shape) * (1 if dtype in DTYPES else 0)  # codes have no dtype of the model
     common = sizes.most_common(1)[0][0] if sizes else ""
     return *_hash_tensors(tensors, tied=tied), DTYPES.get(common, common.lower())
 

@@ -73,15 +73,17 @@ class BlockwiseWeight(nn.Module):
         block         values that share a scale: a power of two from 32 to 4096
         double_quant  keep the scales in 8 bits too (QLoRA section 3): 0.5 -> 0.127 bits a value at block 64
 
-        Raises BaseError for another block size, an empty matrix, NaN or infinity.
+        Raises BaseError for another block size, an empty matrix, NaN or infinity (in float32 too).
         """
         check_block(block)
-        if dense.numel() == 0 or dense.ndim != 2:
-            raise BaseError(f"a matrix of shape {list(dense.shape)} cannot be quantised.")
+        if dense.numel() == 0 or dense.ndim != 2 or dense.dtype not in _DTYPES.values():
+            raise BaseError(f"a {dense.dtype} matrix of shape {list(dense.shape)} cannot be quantised.")
         if not all(bool(t.isfinite()) for t in dense.aminmax()):
             raise BaseError("a matrix with NaN or infinity cannot be quantised.")
         codes, absmax = quantise(dense.contiguous(), cls.levels, block)
         scales = quantise_scales(absmax) if double_quant else Scales(absmax)
+        if not _all_finite(scales):
+            raise BaseError(f"a matrix with values up to {float(dense.abs().max()):.3g} is beyond float32's range.")
         blocks = Blocks(codes, scales, cls.levels, block, (dense.shape[0], dense.shape[1]))
         return cls(blocks, dtype or dense.dtype)
 
@@ -173,10 +175,12 @@ class BlockwiseWeight(nn.Module):
         state = _read_state(entries, f"weight.{cls.state_key()}")
         try:
             out_features, in_features = (int(n) for n in state["shape"])
-            block, own = int(state["blocksize"]), _DTYPES[state["dtype"]]
-        except (KeyError, TypeError, ValueError) as problem:
+            block, own = state["blocksize"], _DTYPES[state["dtype"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise BaseError(f"its quant_state lacks or garbles {problem}: {state}") from problem
         check_block(block)
+        if min(out_features, in_features) < 1:
+            raise BaseError(f"its quant_state names an impossible shape: {state['shape']}")
         if state.get("quant_type") != cls.name:
             raise BaseError(f"its quant_state says {state.get('quant_type')!r} under the key of {cls.name!r}")
         n = out_features * in_features
@@ -186,33 +190,38 @@ class BlockwiseWeight(nn.Module):
         if "weight.nested_absmax" not in entries:
             scales = Scales(_part(entries, "weight.absmax", torch.float32, n_blocks))
         else:
-            if state.get("nested_blocksize") != NESTED_BLOCK or not isinstance(state.get("nested_offset"), float | int):
+            offset = state.get("nested_offset")
+            if state.get("nested_blocksize") != NESTED_BLOCK or not isinstance(offset, float):
                 raise BaseError(f"its quant_state names no offset or other nested blocks than {NESTED_BLOCK}: {state}")
             _same_table(entries, "weight.nested_quant_map", _DYNAMIC)
             scales = Scales(
                 _part(entries, "weight.absmax", torch.uint8, n_blocks),
                 _part(entries, "weight.nested_absmax", torch.float32, -(-n_blocks // NESTED_BLOCK)),
                 _DYNAMIC,
-                torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
+                torch.tensor(offset, dtype=torch.float32),
             )
-        constants = [t for t in (scales.absmax, scales.nested, scales.offset) if t is not None]
-        if not all(bool(t.isfinite().all()) for t in constants if t.is_floating_point()):
+        if not _all_finite(scales):
             raise BaseError("its constants hold NaN or infinity")
         return cls(Blocks(codes, scales, cls.levels, block, (out_features, in_features)), dtype or own)
 
 
 def check_block(block: int) -> None:
     """Raise BaseError for a block size that is not one of BLOCKS."""
-    if isinstance(block, bool) or block not in BLOCKS:
-        raise BaseError(f"a block of {block} values is not possible.\n  Take one of {', '.join(map(str, BLOCKS))}.")
+    if type(block) is not int or block not in BLOCKS:
+        raise BaseError(f"a block of {block!r} values is not possible.\n  Take one of {', '.join(map(str, BLOCKS))}.")
+
+
+def _all_finite(scales: Scales) -> bool:
+    constants = [t for t in (scales.absmax, scales.nested, scales.offset) if t is not None]
+    return all(bool(t.isfinite().all()) for t in constants if t.is_floating_point())
 
 
 def _read_state(entries: dict[str, Tensor], key: str) -> dict[str, Any]:
     if key not in entries:
         raise BaseError(f"it has no {key}.{near(key, entries)}")
     try:
-        state = json.loads(bytes(entries[key].view(torch.uint8).reshape(-1).tolist()).decode())
-    except ValueError as problem:
+        state = json.loads(bytes(entries[key].reshape(-1).view(torch.uint8).tolist()).decode())
+    except (ValueError, RecursionError) as problem:
         raise BaseError(f"its {key} is not JSON: {problem}") from problem
     if not isinstance(state, dict):
         raise BaseError(f"its {key} holds a JSON {type(state).__name__}, not an object")

@@ -16,14 +16,18 @@ from deltaw.errors import AdapterError, BadInput, NotMergeable, near
 from deltaw.merge.changes import changes_of, grown_vocabulary
 from deltaw.merge.checkpoint import SHARD_BYTES, Checkpoint
 from deltaw.merge.probe import Probe, compare_folder, probe_text, unmerged_logits
-from deltaw.merge.source import Source, refuse_quantised
+from deltaw.merge.quantise import requantise
+from deltaw.merge.rounded import RoundedCheckpoint
+from deltaw.merge.source import Source
 from deltaw.merge.write import Tally, refuse_used, write_beside, write_config, write_weights
 from deltaw.model.identity import compare
-from deltaw.model.load import DTYPES, load_tokenizer, resolve_base
+from deltaw.model.load import DTYPES, folder_format, load_tokenizer, resolve_base
+from deltaw.model.quantised import Format
 from deltaw.model.vocabulary import with_tokens
 from deltaw.store.files import whole_folder
 from deltaw.store.peft import read_adapter
 
+INTO = ("dense", "dequantised", "quantised")
 OUT_DTYPES = ("float32", "bfloat16", "float16")
 
 Say = Callable[[str], None]
@@ -33,7 +37,9 @@ Say = Callable[[str], None]
 class MergeReport:
     """What a merge wrote and how near it is.
 
-    dtype             of the weights that were written
+    dtype             of the weights that were written (of those that are dense)
+    into              "dense", "dequantised" or "quantised"
+    format            "dense", or how the written linear maps are quantised
     route             "shards": tensor by tensor; "loaded": through the network in memory
     untied            whether the head and the embedding had to be written apart
     new_tokens        added to the vocabulary
@@ -49,6 +55,8 @@ class MergeReport:
     adapter: str
     method: str
     dtype: str
+    into: str
+    format: str
     route: str
     untied: bool
     new_tokens: tuple[str, ...]
@@ -77,6 +85,7 @@ def bake(
     say: Say | None = None,
     measure: bool = True,
     shard_bytes: int = SHARD_BYTES,
+    into: str = "dense",
 ) -> MergeReport:
     """Write base + adapter as a plain transformers folder, whole or not at all.
 
@@ -89,6 +98,9 @@ def bake(
     text     what the logits are compared on; None: a page of Jane Austen
     say      called with a sentence before each long step
     measure  load the unmerged model and the result and compare their logits
+    into     "dense": the base at full precision; "dequantised": what the quantised base that the adapter was trained
+             on computes with, written dense; "quantised": that, quantised again, which rounds the change and is
+             therefore always measured
 
     Raises NotMergeable, BaseMismatch, AdapterError, BaseError, RunError (`out` holds something), WorkFailed
     (NaN or Inf, a full disk).
@@ -101,14 +113,18 @@ def bake(
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(Path(adapter))
     _refuse_unmergeable(adapter)
+    if into == "quantised" and not measure:
+        raise BadInput("a merge into quantised weights loses precision: it is not done without measuring how much.")
     folder = resolve_base(base, say=say)
-    refuse_quantised(folder)
     fingerprint = fingerprint_folder(folder)
-    compare(adapter.fingerprint, fingerprint, allow_other_base)
+    how = _format_of(folder, adapter, into)
+    meant = fingerprint if how is None else fingerprint.model_copy(update={"format": str(how)})
+    compare(adapter.fingerprint, meant, allow_other_base)
     words = None if not measure else probe_text() if text is None else text
-    with Checkpoint(folder) as checkpoint, torch.no_grad():
-        source = Source(folder, checkpoint, adapter, fingerprint.dtype)
-        job = _Job(folder, fingerprint, adapter, source, dtype, say or (lambda line: None))
+    opened = Checkpoint(folder) if how is None else RoundedCheckpoint(folder, how, fingerprint.dtype)
+    with opened as checkpoint, torch.no_grad():
+        source = Source(folder, checkpoint, adapter, fingerprint.dtype, how)
+        job = _Job(folder, fingerprint, adapter, source, dtype, say or (lambda line: None), into, how)
         tally, probe = job.write(out, words, shard_bytes)
     return job.report(out, tally, probe, time.monotonic() - started)
 
@@ -123,6 +139,8 @@ class _Job:
     source: Source
     dtype: str | None
     say: Say
+    into: str
+    how: Format | None
 
     @property
     def written_dtype(self) -> str:
@@ -144,7 +162,7 @@ class _Job:
         expected = probe = None
         if words is not None:
             self.say("computing logits of the unmerged model")
-            expected = unmerged_logits(self.folder, adapter, tokenizer, words)
+            expected = unmerged_logits(self.folder, adapter, tokenizer, words, self.how)
         with whole_folder(out) as aside:
             self.say(f"writing {self.written_dtype} weights")
             dtype = DTYPES[self.dtype] if self.dtype else None
@@ -152,6 +170,9 @@ class _Job:
             tied = False if tally.untied or source.contradicts_tie else None
             write_config(self.folder, aside, dtype=self.written_dtype, tied=tied, vocab_size=vocab_size)
             write_beside(self.folder, aside, grown)
+            if self.into == "quantised" and self.how is not None:
+                self.say(f"quantising the merged weights to {self.how}")
+                tally.n_bytes = requantise(aside, self.how, self.written_dtype, shard_bytes)
             if expected is not None:
                 self.say("computing logits of the merged model")
                 ids, wanted, kind = expected
@@ -166,6 +187,8 @@ class _Job:
             adapter=self.adapter.id,
             method=self.adapter.spec.name,
             dtype=self.written_dtype,
+            into=self.into,
+            format=str(self.how) if self.into == "quantised" else "dense",
             route="loaded" if self.source.loaded else "shards",
             untied=tally.untied,
             new_tokens=self.adapter.spec.new_tokens,
@@ -178,6 +201,32 @@ class _Job:
             size_bytes=tally.n_bytes,
             seconds=round(seconds, 3),
         )
+
+
+def _format_of(folder: Path, adapter: Adapter, into: str) -> Format | None:
+    """The format that linear maps are rounded to before the change is added; None: they are not.
+
+    Raises BadInput for an unknown `into`, NotMergeable where it and the base do not go together.
+    """
+    if into not in INTO:
+        raise BadInput(f"unknown --into {into!r}.{near(into, INTO)} Known: {', '.join(INTO)}.")
+    saved = folder_format(folder)
+    if into == "dense":
+        if saved is not None:
+            raise NotMergeable(
+                f"{folder} holds {saved.name} weights: writing a change into them would round it away.\n"
+                "  Merge into the 16- or 32-bit model that it was made from; or, with --into dequantised, into what "
+                "its weights stand for, written dense; or, with --into quantised, quantise the sum again."
+            )
+        return None
+    trained_on = adapter.fingerprint.format if adapter.fingerprint else "unknown"
+    how = saved or Format.parse(trained_on)
+    if how is None:
+        raise NotMergeable(
+            f"--into {into}: neither is {folder} quantised, nor was the adapter trained on a quantised base (its "
+            f"format is {trained_on}).\n  Merge with --into dense, or give a folder that deltaw quantize wrote."
+        )
+    return how
 
 
 def _refuse_unmergeable(adapter: Adapter) -> None:

@@ -36,6 +36,7 @@ class Checkpoint:
     """The safetensors files of a folder. Every file's header is checked before anything is read.
 
     entries  tensors by their name in the files, in file order
+    where    the file of each stored tensor
 
     Raises BaseError that names a truncated file.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
             for file in checkpoint_files(folder)
             for key, (dtype, shape, first, last) in read_header(file).items()
         }
+        self.where = {key: entry.file for key, entry in self.entries.items()}
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
 
@@ -57,8 +59,12 @@ class Checkpoint:
         self._files.clear()
 
     def read(self, key: str) -> Tensor:
-        """One tensor, as it is stored."""
-        file = self.entries[key].file
+        """One tensor by its key in `entries`."""
+        return self.stored(key)
+
+    def stored(self, key: str) -> Tensor:
+        """One tensor of the files, as it is stored."""
+        file = self.where[key]
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(file, "pt"))
         tensor: Tensor = self._files[file].get_tensor(key)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter
 from deltaw.errors import WorkFailed
 from deltaw.model.load import load_transformers
 from deltaw.model.model import Model
+from deltaw.model.quantised import Format
 
 MOST_TOKENS = 1024
 
@@ -26,6 +29,7 @@ class Probe:
     kind             "text", or "bytes" where the base has no tokenizer: the text's bytes as token numbers
     logit_max        largest absolute difference;  logit_mean  mean absolute difference
     top1             share of tokens after which both find the same next token the likeliest
+    perplexity_before, perplexity_after  of the unmerged and of the merged model on those tokens
     """
 
     n_tokens: int
@@ -33,6 +37,8 @@ class Probe:
     logit_max: float
     logit_mean: float
     top1: float
+    perplexity_before: float
+    perplexity_after: float
 
 
 def probe_text() -> str:
@@ -40,9 +46,14 @@ def probe_text() -> str:
     return files("deltaw.merge").joinpath("probe.txt").read_text(encoding="utf-8")
 
 
-def unmerged_logits(folder: Path, adapter: Adapter, tokenizer: Any, text: str) -> tuple[Tensor, Tensor, str]:
-    """Token numbers [1, n], logits [n, vocab] of base + adapter in float32, and the kind of tokens."""
-    model = Model(load_transformers(folder, "float32"), tokenizer, None, folder)
+def unmerged_logits(
+    folder: Path, adapter: Adapter, tokenizer: Any, text: str, how: Format | None = None
+) -> tuple[Tensor, Tensor, str]:
+    """Token numbers [1, n], logits [n, vocab] of base + adapter in float32, and the kind of tokens.
+
+    how   the format that the base is quantised to; None: as its folder has it
+    """
+    model = Model(load_transformers(folder, "float32", how), tokenizer, None, folder)
     model.attach(adapter)
     ids, kind = _tokens(model, adapter, text)
     with torch.inference_mode():
@@ -70,7 +81,18 @@ def compare_folder(folder: Path, dtype: str, ids: Tensor, wanted: Tensor, kind: 
         total += float(apart.sum(dtype=torch.float64))
         n += apart.numel()
         same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
-    return Probe(ids.shape[1], kind, largest, total / n, same / ids.shape[1])
+    apart_by = [_perplexity(ids[0], logits) for logits in (wanted, found)]
+    return Probe(ids.shape[1], kind, largest, total / n, same / ids.shape[1], *apart_by)
+
+
+def _perplexity(ids: Tensor, logits: Tensor) -> float:
+    """exp of the mean negative log-likelihood of each token after the first. ids [n], logits [n, vocab]."""
+    if len(ids) < 2:
+        return math.nan
+    total = 0.0
+    for rows, wanted in zip(torch.split(logits[:-1], 64), torch.split(ids[1:], 64), strict=True):
+        total += float(F.cross_entropy(rows.float(), wanted, reduction="sum"))
+    return math.exp(total / (len(ids) - 1))
 
 
 def _tokens(model: Model, adapter: Adapter, text: str) -> tuple[Tensor, str]:

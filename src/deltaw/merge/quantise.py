@@ -105,6 +105,16 @@ def quantise_base(
     )
 
 
+def requantise(folder: Path, how: Format, dtype: str, shard_bytes: int) -> int:
+    """Quantise the dense weights of a folder in place; returns bytes of the new files."""
+    net = load_transformers(folder, dtype, how)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    size = _write_tensors(net, folder, shard_bytes)
+    _write_format(net, folder, how, dtype)
+    return size
+
+
 def _write_tensors(net: PreTrainedModel, folder: Path, shard_bytes: int) -> int:
     """Every tensor of the network, a tied one once, under the network's own names; returns bytes of the files."""
 

@@ -6,7 +6,6 @@ files use other names (transformers renames some on load), the network is loaded
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter
-from deltaw.errors import NotMergeable
 from deltaw.merge.checkpoint import Checkpoint, StoredWeight
 from deltaw.model.attachment import Attachment, Places, strict
 from deltaw.model.empty import empty_network
 from deltaw.model.load import load_transformers
+from deltaw.model.quantised import Format, dequantise_network
 from deltaw.model.sites import find_sites
 
 
@@ -34,7 +33,9 @@ class Source:
     contradicts_tie: config.json ties two tensors that the files hold with different values.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str, how: Format | None = None
+    ) -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.net = empty_network(folder)
         self.sites = find_sites(self.net)
@@ -47,7 +48,7 @@ class Source:
         self.missing = [n for n in needed if n in self.tensors and n not in self.keys]
         self.loaded = bool(self.missing)
         if self.loaded:
-            self.net = load_transformers(folder, dtype)
+            self.net = dequantise_network(load_transformers(folder, dtype, how))
             self.tensors = dict(self.net.named_parameters(remove_duplicate=False))
             self.ties = self._ties()
 
@@ -113,16 +114,3 @@ class _Lazy(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def refuse_quantised(folder: Path) -> None:
-    """Raise NotMergeable for a base whose files hold quantised weights."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = config.get("quantization_config")
-    if found:
-        how = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-        raise NotMergeable(
-            f"{folder} holds quantised weights ({how}): writing a change into them would round it away.\n"
-            "  Merge into the 16- or 32-bit model that it was made from."
-        )

@@ -209,7 +209,8 @@ def _write_loaded(
 def write_config(base: Path, folder: Path, *, dtype: str, tied: bool | None, vocab_size: int | None) -> None:
     """The base's config.json with what the merge changed; None leaves a value as it is."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", "quantization_config"):
+        config.pop(key, None)
     inner = config["text_config"] if isinstance(config.get("text_config"), dict) else None
     parts = [config] if inner is None else [config, inner]
     named = [key for part in parts for key in ("dtype", "torch_dtype") if key in part]

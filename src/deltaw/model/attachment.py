@@ -18,6 +18,7 @@ from deltaw.core.spec import MethodSpec, Params
 from deltaw.core.targets import matches, select
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, ShapeError, TargetError, near
+from deltaw.model.frozen import FrozenLinear
 
 
 @dataclass
@@ -134,13 +135,21 @@ def saved_modules(spec: MethodSpec, places: Places) -> list[str]:
 
 
 def own_tensors(module: str, places: Places) -> list[tuple[str, Tensor]]:
-    """The base's parameters inside one module, by full names, whatever wears adapters now."""
-    return [
-        (f"{path}.{name}", p)
-        for path, inner in places.modules.items()
-        if path == module or path.startswith(module + ".")
-        for name, p in inner.named_parameters(recurse=False)
-    ]
+    """The base's parameters inside one module, by full names, whatever wears adapters now.
+
+    Raises TargetError for a module whose weight is quantised: it is only read, so nothing can take its place.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for path, inner in places.modules.items():
+        if path != module and not path.startswith(module + "."):
+            continue
+        if isinstance(inner, FrozenLinear):
+            raise TargetError(
+                f"save_modules names {module}, but {path}.weight is quantised and only read.\n"
+                "  Adapt it (name it in targets), or load the base with format='dense'."
+            )
+        found += [(f"{path}.{name}", p) for name, p in inner.named_parameters(recurse=False)]
+    return found
 
 
 def _other_biases(places: Places) -> list[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from deltaw.errors import BaseError, near
 from deltaw.formats import FORMATS, QUANTISED
 from deltaw.model.load import load_tokenizer, load_transformers, resolve_base
 from deltaw.model.model import Model
-from deltaw.model.quantised import Format
+from deltaw.model.quantised import Format, frozen_weights
 
 
 def has_fast_bfloat16() -> bool:
@@ -60,6 +60,8 @@ def load_base(
         fingerprint = aside.submit(fingerprint_folder, folder)
         net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype, how)
         found = fingerprint.result()
-    if how is not None and found.format == "dense":
-        found = found.model_copy(update={"format": str(how)})
+    if weights := list(frozen_weights(net).values()):
+        first = weights[0]
+        kept = Format(first.name, first.block, first.double_quant)
+        found = found.model_copy(update={"format": str(kept)})
     return Model(net, load_tokenizer(folder), found, folder)

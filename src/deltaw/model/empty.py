@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -23,3 +24,37 @@ def empty_network(folder: Path) -> PreTrainedModel:
         ) from problem
     net.tie_weights()
     return net.eval()
+
+
+def network_from(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The network of what a config.json says, in `dtype`, without memory for its weights. Raises BaseError."""
+    settings = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    kind = str(settings.pop("model_type", None))
+    try:
+        with quiet(), torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(kind, **settings), dtype=dtype, trust_remote_code=False
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as problem:
+        raise BaseError(
+            f"this config (model_type {kind!r}) is no causal language model that transformers knows: {problem}\n"
+            "  Check its config.json."
+        ) from problem
+    net.tie_weights()
+    return net.eval().requires_grad_(False)
+
+
+def config_from_hub(name: str) -> Path:
+    """The config.json of hub id `name`, fetched alone or from the hub's cache. Raises BaseError."""
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        with quiet():
+            return Path(hf_hub_download(name, "config.json", etag_timeout=10))
+    except Exception as problem:
+        offline = " (offline: HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+        first = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise BaseError(
+            f"config.json of hub id {name!r} cannot be had{offline}: {first}\n"
+            "  Give a folder with a config.json, or one of the shapes that `deltaw plan` knows, as 7B."
+        ) from problem

@@ -16,10 +16,12 @@ from deltaw.core.checkpoint_files import checkpoint_files, read_header
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
+from deltaw.model.unsupported import refuse_unsupported, some
 
 __all__ = [
     "DTYPES",
     "check_finite",
+    "folder_format",
     "load_tokenizer",
     "load_transformers",
     "refuse_unsupported",
@@ -36,9 +38,6 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 NOT_HUB_FILES = ["*/*", "consolidated*"]  # copies in other formats
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 HUB_ANSWER_S = 10
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOWERS = ("vision_config", "audio_config")
-LISTED = 5
 
 
 def resolve_base(path_or_name: str | Path, *, say: Say | None = None) -> Path:
@@ -97,10 +96,10 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
         raise BaseError(f"unknown dtype {dtype!r}.{near(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
     for file in checkpoint_files(folder):
         read_header(file)
-    saved = _saved_format(folder)
-    if saved is not None and how is not None and how.name != saved.name:
+    saved = folder_format(folder)
+    if saved is not None and how is not None and not saved.serves(how):
         raise BaseError(
-            f"{folder} holds {saved.name} weights: they cannot become {how.name}.\n"
+            f"{folder} holds {saved} weights: they cannot become {how}.\n"
             "  Quantise the 16- or 32-bit model that it was made from, or leave the format out."
         )
     how = saved or how
@@ -121,6 +120,8 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
                 ignore_mismatched_sizes=True,  # so that `info` lists them all
                 output_loading_info=True,
             )
+    except BaseError as problem:
+        raise BaseError(f"{folder}: {problem}") from problem
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
         raise BaseError(
             f"{folder} does not load as a causal language model: {_first_line(problem)}\n"
@@ -138,14 +139,15 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
     return net
 
 
-def _saved_format(folder: Path) -> Format | None:
+def folder_format(folder: Path) -> Format | None:
+    """How the weights of a folder are quantised; None when they are not. Raises BaseError for ways unknown to us."""
     path = folder / "config.json"
     try:
         return saved_format(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as problem:
-        raise BaseError(f"{path} is not a JSON object: {problem}.\n  Download the model again.") from problem
     except BaseError as problem:
         raise BaseError(f"{folder}: {problem}") from problem
+    except (ValueError, AttributeError) as problem:
+        raise BaseError(f"{path} is not a JSON object: {problem}.\n  Download the model again.") from problem
 
 
 @torch.no_grad()
@@ -166,52 +168,7 @@ def check_finite(model: torch.nn.Module) -> None:
     """Raise BaseError, naming the tensors, when a parameter or buffer holds NaN or infinity."""
     bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
-        raise BaseError(f"the base holds NaN or infinity in {_some(bad)}.\n  Download or convert it again.")
-
-
-def refuse_unsupported(model: PreTrainedModel, *, attention_only: bool) -> None:
-    """Refuse mixtures of experts and models with vision or audio towers, unless only attention is targeted.
-
-    Fused experts are bare 3-D parameters that no adapter on linear maps reaches: adapting the rest in
-    silence would be a wrong answer. Raises BaseError naming the modules.
-    """
-    if attention_only:
-        return
-    advice = "  Target only attention projections (for example q_proj, k_proj, v_proj, o_proj)."
-    experts = _expert_modules(model)
-    if experts:
-        raise BaseError(
-            f"{model.config.model_type} is a mixture of experts, and its experts cannot wear adapters yet: "
-            f"{_some(experts)}.\n{advice}"
-        )
-    towers = [key for key in TOWERS if getattr(model.config, key, None) is not None]
-    if towers:
-        kinds = tuple(key.removesuffix("_config") for key in towers)
-        modules = [n for n, _ in model.named_modules() if n and n.rsplit(".", 1)[-1].startswith(kinds)]
-        raise BaseError(
-            f"{model.config.model_type} is not a plain text model ({', '.join(towers)} in its config): "
-            f"{_some(modules or list(kinds))}.\n{advice}"
-        )
-
-
-def _expert_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that hold experts, of MoE blocks when only the config tells, or []."""
-    found: dict[str, None] = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if "experts" in parts:
-            found[".".join(parts[: parts.index("experts") + 1])] = None
-        elif parameter.ndim == 3 and ("experts" in name or "moe" in name):
-            found[name.rpartition(".")[0]] = None
-    config = model.config.get_text_config()
-    holders = (config, getattr(config, "ffn_config", None))
-    counted = [
-        f"{key}={n}"
-        for holder in holders
-        for key in EXPERT_COUNTS
-        if isinstance(n := getattr(holder, key, None), int) and n > 0
-    ]
-    return list(found) or counted
+        raise BaseError(f"the base holds NaN or infinity in {some(bad)}.\n  Download or convert it again.")
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:
@@ -223,7 +180,7 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
         ("unknown", sorted(info["unexpected_keys"])),
         ("misshapen", misshapen),
     ]
-    said = [f"  {kind}: {_some(names)}" for kind, names in problems if names]
+    said = [f"  {kind}: {some(names)}" for kind, names in problems if names]
     if said:
         raise BaseError(
             f"the weights of {folder} do not fit its config.json:\n" + "\n".join(said) + "\n"
@@ -261,11 +218,6 @@ def _not_found(name: str, tried: list[str]) -> BaseError:
     meant = f" Did you mean {hint[0]!r}?" if hint else ""
     lines = "".join(f"\n  tried {line}" for line in tried)
     return BaseError(f"no base called {name!r} was found.{meant}{lines}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _first_line(problem: BaseException) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,6 +24,7 @@ from deltaw.errors import BaseError, near
 from deltaw.formats import QUANTISED, BlockwiseWeight, check_block
 from deltaw.model.frozen import FrozenLinear
 from deltaw.model.sites import find_sites
+from deltaw.model.unsupported import refuse_unquantisable
 
 METHOD = "deltaw"
 OURS = ("bitsandbytes", METHOD)
@@ -45,14 +47,21 @@ class Format:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in QUANTISED:
-            raise BaseError(f"unknown format {self.name!r}.{near(self.name, QUANTISED)} Known: {', '.join(QUANTISED)}.")
+        if not isinstance(self.name, str) or self.name not in QUANTISED:
+            raise BaseError(
+                f"unknown format {self.name!r}.{near(str(self.name), QUANTISED)} Known: {', '.join(QUANTISED)}."
+            )
         check_block(self.block)
 
     def __str__(self) -> str:
         """For fingerprints and people: "nf4", "nf4-128", "nf4+dq"."""
         block = "" if self.block == 64 else f"-{self.block}"
         return self.name + block + ("+dq" if self.double_quant else "")
+
+    def serves(self, asked: Format) -> bool:
+        """Whether weights in this format are what `asked` asks for; a setting left at its default asks for nothing."""
+        block = asked.block in (64, self.block)
+        return asked.name == self.name and block and self.double_quant >= asked.double_quant
 
     @classmethod
     def parse(cls, text: str) -> Format | None:
@@ -93,6 +102,15 @@ def quantisable(net: PreTrainedModel) -> dict[str, LinearSite]:
     return {n: s for n, s in find_sites(net).items() if s.kind != "embedding" and not s.is_head}
 
 
+def _all_quantisable(net: PreTrainedModel) -> dict[str, LinearSite]:
+    """`quantisable`, of a network that is quantised whole. Raises BaseError where much of it would stay dense."""
+    refuse_unquantisable(net)
+    found = quantisable(net)
+    if not found:
+        raise BaseError(f"{type(net).__name__} has no linear maps to quantise.\n  Load it with format='dense'.")
+    return found
+
+
 def frozen_weights(net: nn.Module) -> dict[str, BlockwiseWeight]:
     """The quantised weights of a network by module path."""
     return {n: m.frozen for n, m in net.named_modules() if isinstance(m, FrozenLinear)}
@@ -101,13 +119,30 @@ def frozen_weights(net: nn.Module) -> dict[str, BlockwiseWeight]:
 @torch.no_grad()
 def quantise_network(net: PreTrainedModel, how: Format) -> PreTrainedModel:
     """Quantise the linear maps of a network in memory, in place. Raises BaseError naming a map with NaN."""
-    for name, site in quantisable(net).items():
+    for name, site in _all_quantisable(net).items():
         module = net.get_submodule(name)
         try:
             weight = how.make(module.weight.T if site.kind == "conv1d" else module.weight, module.weight.dtype)
         except BaseError as problem:
             raise BaseError(f"{name}.weight: {problem}") from problem
         _put(net, name, FrozenLinear(weight, module.bias, site.kind))
+    return net
+
+
+@torch.no_grad()
+def dequantise_network(net: PreTrainedModel) -> PreTrainedModel:
+    """Put plain modules with the dequantised weights in the place of quantised ones, in place."""
+    for name, frozen in frozen_weights(net).items():
+        old = net.get_submodule(name)
+        dense = frozen.dense(frozen.dtype)
+        with torch.device("meta"):
+            if old.kind == "conv1d":
+                plain: nn.Module = Conv1D(old.out_features, old.in_features)
+            else:
+                plain = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        plain.weight = nn.Parameter(dense.T.contiguous() if old.kind == "conv1d" else dense, requires_grad=False)
+        plain.bias = old.bias
+        _put(net, name, plain)
     return net
 
 
@@ -161,9 +196,9 @@ class Quantiser(HfQuantizer):
         self.made: dict[str, BlockwiseWeight] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.sites = quantisable(model)
+        self.sites = quantisable(model) if self.pre_quantized else _all_quantisable(model)
         self.dtypes = {n: p.dtype for n, p in model.named_parameters()}
-        if self.pre_quantized or not self.sites:
+        if self.pre_quantized:
             return
         # quantise what the file holds, not what the compute dtype would round it to
         exact = "|".join(f"^{re.escape(name)}.weight$" for name in self.sites)
@@ -193,6 +228,8 @@ class Quantiser(HfQuantizer):
         if (weight.out_features, weight.in_features) != (site.out_features, site.in_features):
             got, want = [weight.out_features, weight.in_features], [site.out_features, site.in_features]
             raise BaseError(f"holds a matrix of {got}, the config asks for {want}")
+        if weight.name != self.how.name:
+            raise BaseError(f"holds {weight.name} codes, config.json says {self.how.name}")
         self.made[name] = weight
 
 
@@ -292,6 +329,8 @@ def settle(net: PreTrainedModel, folder: Any) -> PreTrainedModel:
     Raises BaseError listing what was wrong with single tensors.
     """
     problems = net.hf_quantizer.problems
+    if not problems and not net.hf_quantizer.made:
+        problems = ["none of its tensors is quantised, whatever its config.json says"]
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         listed = "\n  ".join(problems[:5])
