@@ -52,9 +52,9 @@ def main() -> None:
         )
         was_there = (out / "done.json").exists()
         done = deltaw("train", args.recipe, *args.set, f"train.seed={seed}", "--out", out)
-        result = deltaw(
-            "eval", "--base", recipe.base.path, "--adapter", out, "--data", args.test, "--metric", args.metric
-        )
+        b = recipe.base
+        kept = ["--format", b.format, "--block", b.block, *(["--double-quant"] if b.double_quant else [])]
+        result = deltaw("eval", "--base", b.path, *kept, "--adapter", out, "--data", args.test, "--metric", args.metric)
         identity = json.loads((out / "run.json").read_text())
         row = {
             "bench": args.recipe.stem,
