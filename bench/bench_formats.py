@@ -31,6 +31,7 @@ from torch import Tensor
 from deltaw.data.source import read_rows
 from deltaw.data.spec import DataSpec
 from deltaw.model.base import load_base
+from deltaw.model.model import Model
 from deltaw.model.quantised import Format, frozen_weights, quantisable
 from deltaw.train.checkpoint import machine, versions
 from deltaw.train.evaluate import evaluate_rows
@@ -83,8 +84,22 @@ def on_base(base: str, texts: dict[str, Any], max_tokens: int) -> dict[str, dict
             result = evaluate_rows(model, rows, "perplexity", DataSpec(max_tokens=max_tokens))
             row[f"perplexity_{text}"] = result["value"]
         found[name] = row
-        print(name, json.dumps({k: round(v, 5) for k, v in row.items()}), file=sys.stderr, flush=True)
+        if name == "nf4" and importlib.util.find_spec("bitsandbytes"):
+            row["bitsandbytes"] = {
+                t: peer(dense.folder, dense.tokenizer, rows, max_tokens) for t, rows in texts.items()
+            }
+        print(name, json.dumps(row), file=sys.stderr, flush=True)
     return found
+
+
+def peer(folder: Any, tokenizer: Any, rows: Any, max_tokens: int) -> float:
+    """Perplexity of the base as transformers and bitsandbytes load it in nf4, computing in float32."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+    value: float = evaluate_rows(Model(net, tokenizer), rows, "perplexity", DataSpec(max_tokens=max_tokens))["value"]
+    return value
 
 
 def minilm(folder: str | None) -> Path | None:
@@ -115,7 +130,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", default="smollm2-135m-instruct")
     p.add_argument(
-        "--texts", nargs="+", type=Path, default=[ROOT / f"data/ppl/{n}_valid.jsonl" for n in ("wiki", "austen")]
+        "--texts", nargs="+", type=Path, default=[ROOT / f"data/ppl/{n}.jsonl" for n in ("wiki", "austen")]
     )
     p.add_argument("--rows", type=int, default=40, help="rows of each text")
     p.add_argument("--max-tokens", type=int, default=512)
@@ -157,6 +172,8 @@ def main() -> None:
         perplexities = "".join(f"{r[f'perplexity_{n}']:10.3f}{w:+9.2%}" for n, w in zip(names, worse, strict=True))
         rest = "  ".join(f"{o} {e[name]['rms']:.4f}" for o, e in others.items())
         print(f"{name:10}{r['bits']:8.3f}{r['rms']:11.4f}{perplexities}  {rest}")
+    if theirs := base["nf4"].get("bitsandbytes"):
+        print("nf4 by transformers and bitsandbytes:", "  ".join(f"{n} {theirs[n]:.3f}" for n in names))
 
 
 if __name__ == "__main__":

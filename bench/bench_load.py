@@ -116,8 +116,15 @@ def main() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     settings = {k: getattr(args, k) for k in ("format", "block", "double_quant", "dtype")}
-    row = {"bench": "load", "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": git.stdout.strip() or None,
-           "machine": machine(), "versions": versions(), "settings": settings, **found}  # fmt: skip
+    row = {
+        "bench": "load",
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": git.stdout.strip() or None,
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        **found,
+    }
     with (ROOT / "bench" / "results" / "load.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     for key, value in found.items():

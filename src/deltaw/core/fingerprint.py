@@ -163,6 +163,8 @@ def fingerprint_folder(folder: Path, cache: Path | None = None, *, checked: bool
 def _saved_format(config: dict[str, Any]) -> str:
     """ "dense", or by its quantisation's short name what the folder's weights are kept in."""
     found = config.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        return str(found)
     return str(found.get("name") or found.get("bnb_4bit_quant_type") or found.get("quant_method") or "dense")
 
 
@@ -179,8 +181,8 @@ def _of_source(folder: Path, own: BaseFingerprint) -> BaseFingerprint:
         raise broken(
             folder / SOURCE_FILE, f"holds no fingerprint: {problem.error_count()} fields are wrong"
         ) from problem
-    here = {"tokenizer": own.tokenizer, "chat_template": own.chat_template, "dtype": own.dtype}
-    return source.model_copy(update=here)
+    here = ("architecture", "tokenizer", "chat_template", "dtype")
+    return source.model_copy(update={field: getattr(own, field) for field in here})
 
 
 def hash_checkpoint(tensors: Iterable[Tensor], *, tied: bool = True) -> str:

@@ -79,9 +79,8 @@ def quantise_base(
     dtype = dtype or own
     if say:
         say(f"quantising {folder} to {how}")
-    net = load_transformers(folder, dtype, how)
-    frozen = frozen_weights(net)
-    with whole_folder(out) as aside:
+    with whole_folder(out) as aside:  # first: a place that cannot be written to is said before the work
+        net = load_transformers(folder, dtype, how)
         size = _write_tensors(net, aside, shard_bytes)
         write_config(folder, aside, dtype=dtype, tied=None, vocab_size=None)
         _write_format(net, aside, how, dtype)
@@ -90,6 +89,8 @@ def quantise_base(
         kept = source.model_copy(update={"format": str(how)})
         note = {"name": source.name, "fingerprint": kept.model_dump(), "sha256": digest}
         write_text(aside / SOURCE_FILE, json.dumps(note, indent=2) + "\n")
+        refuse_used(out)  # by another process, in the meantime
+    frozen = frozen_weights(net)
     n_bytes = sum(w.nbytes() for w in frozen.values())
     n_values = sum(w.in_features * w.out_features for w in frozen.values())
     return QuantiseReport(

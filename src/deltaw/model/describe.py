@@ -11,7 +11,7 @@ from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.core.site import LinearSite
 from deltaw.errors import BaseError
 from deltaw.model.empty import empty_network
-from deltaw.model.load import refuse_unsupported, resolve_base
+from deltaw.model.load import folder_format, refuse_unsupported, resolve_base
 from deltaw.model.sites import find_sites
 from deltaw.model.starter import Say
 
@@ -33,18 +33,21 @@ def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
     net = empty_network(folder)
     config = net.config.get_text_config()
     head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    format, unsupported = fingerprint.format, None
     try:
+        format = str(folder_format(folder) or "dense")
         refuse_unsupported(net, attention_only=False)
-        unsupported = None
     except BaseError as error:
         unsupported = str(error)
+    n_own = fingerprint.parameters if format == "dense" else sum(p.numel() for p in net.parameters())
     return {
         "kind": "base",
         "path": str(folder),
         "name": fingerprint.name,
         "architecture": type(net).__name__,
         "model_type": fingerprint.model_type,
-        "n_parameters": fingerprint.parameters,
+        "n_parameters": n_own,
+        "format": format,
         "dtype": fingerprint.dtype,
         "size_mb": round(sum(f.stat().st_size for f in checkpoint_files(folder)) / 1e6, 3),
         "sizes": {k: v for k in SIZES if (v := getattr(config, k, None)) is not None},

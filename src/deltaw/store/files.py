@@ -17,17 +17,22 @@ from deltaw.errors import WorkFailed
 def space_explained(what: str, where: Path) -> Iterator[None]:
     """Turn a full disk, and a place that cannot be written to, into one sentence: WorkFailed."""
     full = f"No space left while writing {what} to {where}. Free some space and run again."
+    limit = f"{what} in {where} would be larger than a file may be here (ulimit -f, or the disk's format)."
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise WorkFailed(full) from None
+        if error.errno == errno.EFBIG:
+            raise WorkFailed(limit) from None
         if isinstance(error, _UNWRITABLE) or error.errno == errno.EROFS:
             raise WorkFailed(f"Cannot write {what} to {where}: {error.strerror}. Choose another place.") from None
         raise
     except Exception as error:  # safetensors raises its own class around the system's error
         if "No space left" in str(error) or "os error 28" in str(error):
             raise WorkFailed(full) from None
+        if "File too large" in str(error) or "os error 27" in str(error):
+            raise WorkFailed(limit) from None
         raise
 
 
@@ -67,7 +72,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     An existing `target` is replaced: it is set aside first and put back if the rename fails.
     """
-    target = Path(target)
+    target = Path(target).resolve()  # "." and links are no names to rename
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     with space_explained(target.name, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,22 @@ class Event:
         return type(self).__name__.lower()
 
     def plain(self) -> dict[str, Any]:
-        """The event as plain data, its kind under "event"."""
-        return {"event": self.kind, **asdict(self)}
+        """The event as plain data, its kind under "event". `paged_mb` is there only when states are paged."""
+        plain = {"event": self.kind, **asdict(self)}
+        return {key: value for key, value in plain.items() if key != "paged_mb" or value is not None}
+
+
+@dataclass(frozen=True)
+class Planned(Event):
+    """Settings were chosen so that the run fits its budget. Bytes are of the whole process.
+
+    settings  what was chosen, as a plan says it;  gave_up  what differs from the recipe, as sentences
+    """
+
+    memory_gb: float
+    needed_bytes: int
+    settings: dict[str, Any]
+    gave_up: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,10 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step; `loss` is the mean over its target tokens, before the update."""
+    """One optimizer step; `loss` is the mean over its target tokens, before the update.
+
+    paged_mb   10^6 bytes of optimizer states that were read and written; None: states are not paged
+    """
 
     step: int
     epoch: float
@@ -50,6 +67,7 @@ class Step(Event):
     seconds: float
     tokens_per_s: float
     peak_rss_mb: float | None
+    paged_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The run is complete. `tokens` are non-pad tokens trained on; tokens_per_s is over the whole loop."""
+    """The run is complete. `tokens` are non-pad tokens trained on; tokens_per_s and paged_mb are of the whole loop."""
 
     adapter: str | None
     seconds: float
@@ -88,4 +106,5 @@ class Done(Event):
     metric: str
     stopped_early: bool
     model: str | None = None
+    paged_mb: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Progress:
     step           optimizer steps done
     best           best value of the evaluation metric so far, and how many evaluations since
     loop_s         seconds of the loop so far, over all its processes
+    paged_mb       10^6 bytes of optimizer states read and written so far; None: states are not paged
     """
 
     step: int = 0
@@ -52,19 +54,27 @@ class Progress:
     loop_s: float = 0.0
     loss: float = math.nan
     stopped_early: bool = False
+    paged_mb: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Loop:
-    """A run's moving parts: parameters, optimizer, schedule, progress."""
+    """A run's moving parts: parameters, optimizer, schedule, progress. Paged states lie in `folder`, without a name."""
 
-    def __init__(self, model: Model, examples: Sequence[Example], recipe: Recipe, evaluate: Evaluate | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        evaluate: Evaluate | None,
+        folder: Path | None = None,
+    ) -> None:
         self.model = model
         self.examples = examples
         self.recipe = recipe
         self.evaluate = evaluate
         self.parameters: dict[str, Tensor] = model.trainable()
-        self.optimizer = make_optimizer(self.parameters, recipe.train)
+        self.optimizer = make_optimizer(self.parameters, recipe.train, folder)
         self.schedule = Schedule([len(e.input_ids) for e in examples], recipe.train)
         self.progress = Progress()
         self._loss = find_loss(recipe.train.loss)
@@ -128,6 +138,9 @@ class Loop:
         progress.tokens += tokens
         progress.target_tokens += targets
         progress.loss = loss
+        moved = self.optimizer.moved_bytes
+        if moved is not None:
+            progress.paged_mb = (progress.paged_mb or 0.0) + moved / 1e6
         took = time.perf_counter() - began
         return Step(
             step=progress.step,
@@ -140,6 +153,7 @@ class Loop:
             seconds=took,
             tokens_per_s=tokens / took,
             peak_rss_mb=peak_rss_mb(),
+            paged_mb=None if moved is None else moved / 1e6,
         )
 
     def _clip(self, limit: float) -> Tensor:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from deltaw.train.optim.adamw import AdamW8, AdamW32
+from deltaw.train.optim.optimizer import Optimizer
 from deltaw.train.recipe import TrainSpec
 
 
-def make_optimizer(parameters: dict[str, Tensor], spec: TrainSpec) -> torch.optim.AdamW:
+def make_optimizer(parameters: dict[str, Tensor], spec: TrainSpec, folder: Path | None = None) -> Optimizer:
     """AdamW over `parameters`; with LoRA+, every B learns `lora_plus_ratio` times as fast as the rest.
 
-    Each group carries its `ratio`; weight decay is AdamW's, decoupled.
+    Each group carries its `ratio`; weight decay is AdamW's, decoupled. Paged states lie in a file without a name in
+    `folder`, by default the system's folder for temporary files.
+
+    Raises RecipeError for a budget of resident bytes that is too small, WorkFailed where the disk is full.
     """
     o = spec.optimizer
-    slow = [t for n, t in parameters.items() if not n.endswith(":B")]
-    fast = [t for n, t in parameters.items() if n.endswith(":B")]
+    shared = {"lr": spec.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+    slow = {n: t for n, t in parameters.items() if not n.endswith(":B")}
+    fast = {n: t for n, t in parameters.items() if n.endswith(":B")}
     groups = [
-        {"params": tensors, "ratio": ratio} for tensors, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio)) if tensors
+        {"params": of_group, "ratio": ratio, **shared}
+        for of_group, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio))
+        if of_group
     ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    where = folder if folder is not None else Path(tempfile.gettempdir())
+    rule = AdamW8() if o.bits == 8 else AdamW32()
+    return Optimizer(groups, rule, where, paged=o.paged, resident_mb=o.resident_mb)
 
 
 def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
@@ -39,18 +50,24 @@ def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
     return spec.lr * (spec.final_lr_ratio + (1 - spec.final_lr_ratio) * left)
 
 
-def optimizer_state(optimizer: torch.optim.AdamW, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """AdamW's moments and counts by parameter name."""
+def optimizer_state(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's states and counts by parameter name, to be read at once: the next step changes them.
+
+    Paged states are views of their file, not copies in memory.
+    """
+    state = optimizer.state()
     return {
-        f"{name}|{key}": value
-        for name, tensor in parameters.items()
-        for key, value in optimizer.state.get(tensor, {}).items()
+        f"{name}|{key}": value for name, tensor in parameters.items() for key, value in state.get(tensor, {}).items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.AdamW, parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave, bit for bit."""
-    for name, tensor in parameters.items():
-        found = {k.rpartition("|")[2]: v for k, v in state.items() if k.rpartition("|")[0] == name}
-        if found:
-            optimizer.state[tensor] = found
+def restore_optimizer(optimizer: Optimizer, parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave, bit for bit, paged or not.
+
+    Raises RunError for states of another kind, as 8 bits instead of 32.
+    """
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition("|")
+        found.setdefault(parameters[name], {})[kind] = value
+    optimizer.load(found)
