@@ -7,7 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test test-all check lint bench docs clean
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+NATIVE := hatch_build.py $(wildcard src/deltaw/ops/native/*.cpp src/deltaw/ops/native/*.h) src/deltaw/ops/native/build.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e .
@@ -53,4 +55,4 @@ docs: $(VENV)/.ready
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site build dist
+	rm -rf $(VENV) runs site build dist src/deltaw/ops/native/*.so

@@ -129,9 +129,7 @@ def gaussians(n: int = 8) -> Iterable[Tensor]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", default="smollm2-135m-instruct")
-    p.add_argument(
-        "--texts", nargs="+", type=Path, default=[ROOT / f"data/ppl/{n}.jsonl" for n in ("wiki", "austen")]
-    )
+    p.add_argument("--texts", nargs="+", type=Path, default=[ROOT / f"data/ppl/{n}.jsonl" for n in ("wiki", "austen")])
     p.add_argument("--rows", type=int, default=40, help="rows of each text")
     p.add_argument("--max-tokens", type=int, default=512)
     p.add_argument("--minilm", help="folder of MiniLM's weights")

@@ -10,6 +10,7 @@
     |   |-- AdapterError            a saved adapter: unknown, missing, misshapen or broken tensors
     |   |   `-- BaseMismatch        an adapter meets another base than the one it was trained on
     |   |-- BaseError               a base model: not found, not loadable, not supported
+    |   |-- BudgetError             nothing that a recipe allows fits its memory budget
     |   |-- RunError                an output folder holds another run, a checkpoint does not fit
     |   `-- NotMergeable            a method whose change cannot be written into the base's weights
     |-- NotFound (LookupError)      a name that is not there: adapter, site, starter (2)
@@ -70,6 +71,10 @@ class BaseError(BadInput):
 
 class RunError(BadInput):
     """An output folder holds another run, or a checkpoint does not fit this one."""
+
+
+class BudgetError(BadInput):
+    """Nothing that a recipe allows fits its memory budget; the message names the smallest that would."""
 
 
 class NotMergeable(BadInput):

@@ -74,7 +74,7 @@ def test_a_run_goes_to_a_folder_named_after_its_recipe(
         (["base.path=no-such-folder"], "BaseError", "no-such-folder"),
         (["data.train=absent.jsonl"], "DataError", "absent.jsonl"),
         (["data.max_tokens=3", "data.too_long=skip"], "DataError", "longer than max_tokens 3"),
-        (["budget.memory_gb=8"], "RecipeError", "planner"),
+        (["budget.memory_gb=0.01"], "BudgetError", "smallest budget"),
         (["eval.metric=choice", "eval.labels=absent.json"], "DataError", "absent.json"),
         (["nonsense"], "RecipeError", "key=value"),
     ],

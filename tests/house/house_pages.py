@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import typer
 from house_walk import DOCS, ROOT, SRC, tracked_files
@@ -126,7 +126,8 @@ def recipe_keys() -> dict[str, str]:
 
 def _keys(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
-        inner = field.annotation
+        inner = next((a for a in get_args(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        inner = inner or field.annotation  # a part of a recipe, or one that may be left out
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if prefix + name != "adapter":
                 yield from _keys(f"{prefix}{name}.", inner)

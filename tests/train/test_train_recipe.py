@@ -49,8 +49,9 @@ def test_a_missing_base_or_adapter_is_named(plain: dict) -> None:
     assert ("'base" in message) == ("path" not in plain.get("base", {}))
 
 
-def test_a_budget_is_refused_until_there_is_a_planner() -> None:
-    assert "planner" in refused(PLAIN, "budget.memory_gb=8")
+def test_a_budget_is_a_number_of_gb_above_0() -> None:
+    assert "above 0" in refused(PLAIN, "budget.memory_gb=0")
+    assert "memory_gb" in refused(PLAIN, "budget.memory_mb=8")
 
 
 @pytest.mark.parametrize(

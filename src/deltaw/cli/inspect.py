@@ -61,11 +61,12 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, instruction sets, threads, versions, and what dtype "auto" means here."""
+    """Processor, instruction sets, threads, which compiled kernels run, versions, what dtype "auto" means here."""
     import torch
 
     import deltaw
     from deltaw.model.base import best_dtype
+    from deltaw.ops import native
 
     cpu = _cpu_info()
     return {
@@ -79,6 +80,8 @@ def describe_machine() -> dict[str, Any]:
         "isa": [f for f in ISA_FLAGS if f in (cpu.get("flags") or cpu.get("Features") or "").split()],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
+        "native_path": native.path(),
+        "native_paths": list(native.paths()),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "auto_dtype": best_dtype(),
         "versions": {"deltaw": deltaw.__version__, "python": platform.python_version(), **_versions()},

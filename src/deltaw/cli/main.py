@@ -15,6 +15,7 @@ from deltaw.cli.fetch import fetch
 from deltaw.cli.generate import generate
 from deltaw.cli.inspect import inspect
 from deltaw.cli.merge import merge
+from deltaw.cli.plan import plan
 from deltaw.cli.quantize import quantize
 from deltaw.cli.train import train
 from deltaw.core.fingerprint import set_cache_dir
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("fetch")(fetch)
+app.command("plan")(plan)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

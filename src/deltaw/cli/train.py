@@ -63,7 +63,10 @@ def _show(events: Any, console: Console) -> None:
         for event in chain([first], events):
             e = event.plain()
             kind = e["event"]
-            if kind == "start":
+            if kind == "planned":
+                gave_up = "; ".join(e["gave_up"]) or "nothing had to change"
+                bar.print(f"{e['needed_bytes'] / 1e9:.2f} GB planned of {e['memory_gb']:g}: {gave_up}")
+            elif kind == "start":
                 bar.update(task, total=e["n_steps"], completed=e["first_step"], state="")
                 went_on = f", going on after step {e['first_step']}" if e["first_step"] else ""
                 bar.print(

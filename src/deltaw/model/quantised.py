@@ -335,6 +335,8 @@ def settle(net: PreTrainedModel, folder: Any) -> PreTrainedModel:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         listed = "\n  ".join(problems[:5])
         raise BaseError(f"the weights of {folder} cannot be kept in {net.hf_quantizer.how.name}:\n  {listed}{more}")
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data = tensor.data.clone()  # one that is a view of the mapped file would keep all that was read of it
     for name, weight in net.hf_quantizer.made.items():
         _put(net, name, FrozenLinear(weight, net.get_submodule(name).bias, net.hf_quantizer.sites[name].kind))
     net.hf_quantizer.remove_quantization_config(net)

@@ -9,15 +9,22 @@ are bitsandbytes': the first value of a pair sits in the high nibble, an odd cou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.errors import ShapeError
+from deltaw.ops import cuda
+from deltaw.ops.native import calls, library
+
 NESTED_BLOCK = 256
 """absmax values that share one scale when absmax itself is quantised (double quantisation)."""
 
 _CELLS = 65536
+_FEW_ROWS = 64  # rows of x up to which the product reads the codes itself
+_SCRATCH_BYTES = 8 << 20  # of W dense at a time, whatever its size
 _PORTION = 1 << 20  # values quantised at a time: bounds the temporaries
 
 
@@ -61,10 +68,11 @@ class Scales:
         """The absmax of each block: [n_blocks] float32."""
         if self.nested is None:
             return self.absmax
-        assert self.table is not None and self.offset is not None
+        assert self.table is not None
+        assert self.offset is not None
         n = len(self.absmax)
         scale = self.nested.repeat_interleave(NESTED_BLOCK)[:n]
-        return self.table[self.absmax.long()] * scale + self.offset
+        return self.table.to(scale.device)[self.absmax.long()] * scale + self.offset
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,10 @@ def quantise(values: Tensor, levels: Levels, block: int) -> tuple[Tensor, Tensor
 
     A value half-way between two levels takes the lower one. NaN and infinity are the caller's to refuse.
     """
-    return quantise_reference(values, levels, block)
+    if not _runs_native(values) or values.dtype not in calls.DTYPES:
+        return quantise_reference(values, levels, block)
+    order = levels.order().to(torch.uint8)
+    return calls.quantise(values.detach().contiguous(), levels.bounds(), order, levels.bits, block)
 
 
 def quantise_reference(values: Tensor, levels: Levels, block: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +153,25 @@ def quantise_dynamic(values: Tensor, table: Tensor, block: int) -> tuple[Tensor,
     It looks the code up in 65,536 cells over [-1, 1], so near zero the code is that of the cell, not always the
     nearest level. A block of zeros has absmax 0 and codes 0.
     """
+    if not _runs_native(values) or values.dtype not in calls.DTYPES:
+        return quantise_dynamic_reference(values, table, block)
+    flat = values.detach().reshape(-1).float().contiguous()
+    codes, absmax = torch.empty(flat.numel(), dtype=torch.uint8), torch.empty(-(-flat.numel() // block))
+    calls.quantise_dynamic(flat, _cells(tuple(table.tolist())), block, codes, absmax)
+    return codes, absmax
+
+
+@lru_cache(maxsize=4)
+def _cells(table: tuple[float, ...]) -> Tensor:
+    """The code of each of the 65,536 cells over [-1, 1]: uint8."""
+    values = torch.tensor(table, dtype=torch.float32)
     cells = torch.arange(_CELLS, dtype=torch.float64).mul_(2.0 / (_CELLS - 1)).sub_(1.0).float()
-    code_of = torch.bucketize(cells, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+    return torch.bucketize(cells, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+
+def quantise_dynamic_reference(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The slow, plain form of `quantise_dynamic`."""
+    code_of = _cells(tuple(table.tolist()))
     n = values.numel()
     padded = F.pad(values.reshape(-1).float(), (0, -n % block)).view(-1, block)
     absmax = padded.abs().amax(-1)
@@ -156,28 +184,47 @@ def quantise_dynamic(values: Tensor, table: Tensor, block: int) -> tuple[Tensor,
 
 def dequantise(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [out, in]: the product is taken in float32 and rounded once to `dtype`."""
-    return dequantise_reference(blocks, dtype)
+    if blocks.codes.is_cuda and (dense := cuda.dequantise(blocks, dtype)) is not None:
+        return dense
+    if not _suits(dtype, blocks):
+        return dequantise_reference(blocks, dtype)
+    out = torch.empty(blocks.shape, dtype=dtype, device=blocks.codes.device)
+    _fill(out, blocks, (0, blocks.shape[0]), (0, blocks.shape[1]))
+    return out
 
 
 def dequantise_reference(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """The slow, plain form of `dequantise`."""
     n = blocks.shape[0] * blocks.shape[1]
-    codes = blocks.codes
+    codes, table = blocks.codes, blocks.levels.table.to(blocks.codes.device)
     if blocks.levels.bits == 4:
         codes = torch.stack([codes >> 4, codes & 0xF], -1).reshape(-1)[:n]
     scale = blocks.scales.plain().repeat_interleave(blocks.block)[:n]
-    return (blocks.levels.table[codes.long()] * scale).to(dtype).reshape(blocks.shape)
+    return (table[codes.long()] * scale).to(dtype).reshape(blocks.shape)
 
 
 def mul(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias: [..., in] -> [..., out] in x's dtype. Differentiable in x and bias."""
+    """x W^T + bias: [..., in] -> [..., out] in x's dtype. Differentiable in x and bias.
+
+    Raises ShapeError if x's last size is not `in`.
+    """
+    _check_last(x, blocks.shape[1], blocks)
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return _product(x, blocks, bias)
     y: Tensor = _Mul.apply(x, bias, blocks)
     return y
 
 
 def mul_t(g: Tensor, blocks: Blocks) -> Tensor:
-    """g W: [..., out] -> [..., in] in g's dtype."""
-    return mul_t_reference(g, blocks)
+    """g W: [..., out] -> [..., in] in g's dtype. Differentiable in g.
+
+    Raises ShapeError if g's last size is not `out`.
+    """
+    _check_last(g, blocks.shape[0], blocks)
+    if not (torch.is_grad_enabled() and g.requires_grad):
+        return _product_t(g, blocks)
+    x: Tensor = _MulT.apply(g, blocks)
+    return x
 
 
 def mul_reference(x: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
@@ -196,7 +243,7 @@ class _Mul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, blocks):  # type: ignore[no-untyped-def]
         ctx.blocks = blocks
-        return mul_reference(x, blocks, bias)
+        return _product(x, blocks, bias)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -204,3 +251,99 @@ class _Mul(torch.autograd.Function):
         dx = mul_t(g, ctx.blocks) if ctx.needs_input_grad[0] else None
         db = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None
+
+
+class _MulT(torch.autograd.Function):
+    """x = g W: dL/dg = (dL/dx) W^T."""
+
+    @staticmethod
+    def forward(ctx, g, blocks):  # type: ignore[no-untyped-def]
+        ctx.blocks = blocks
+        return _product_t(g, blocks)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        (d,) = grads
+        return (mul(d, ctx.blocks) if ctx.needs_input_grad[0] else None), None
+
+
+# Behind them: which form runs, and how much of W is dense at a time ---------------------------------------------------
+
+
+def _product(x: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
+    """`mul` without autograd. Few rows: straight from the codes. Many: some rows of W at a time are made dense."""
+    if blocks.codes.is_cuda and (y := cuda.mul(x, blocks, bias)) is not None:
+        return y
+    if not _suits(x.dtype, blocks) or (bias is not None and bias.dtype != x.dtype):
+        return mul_reference(x, blocks, bias)
+    out, cols = blocks.shape
+    n = x.numel() // cols
+    flat = x.reshape(n, cols).contiguous()
+    y = x.new_empty((n, out))
+    if n <= _FEW_ROWS:
+        if not x.is_meta:
+            calls.product(flat, _pack(blocks), None if bias is None else bias.contiguous(), y)
+        return y.view(*x.shape[:-1], out)
+    step = _portion(cols, out, x.element_size())
+    scratch = x.new_empty(step * cols)
+    for r0 in range(0, out, step):
+        r1 = min(out, r0 + step)
+        w = scratch[: (r1 - r0) * cols].view(r1 - r0, cols)
+        _fill(w, blocks, (r0, r1), (0, cols))
+        if bias is None:
+            torch.mm(flat, w.T, out=y[:, r0:r1])
+        else:
+            torch.addmm(bias[r0:r1], flat, w.T, out=y[:, r0:r1])
+    return y.view(*x.shape[:-1], out)
+
+
+def _product_t(g: Tensor, blocks: Blocks) -> Tensor:
+    """`mul_t` without autograd: some columns of W at a time, so that every sum is rounded once."""
+    if not _suits(g.dtype, blocks):
+        return g @ dequantise(blocks, g.dtype)
+    out, cols = blocks.shape
+    n = g.numel() // out
+    flat = g.reshape(n, out).contiguous()
+    x = g.new_empty((n, cols))
+    step = _portion(out, cols, g.element_size())
+    scratch = g.new_empty(step * out)
+    for c0 in range(0, cols, step):
+        c1 = min(cols, c0 + step)
+        w = scratch[: out * (c1 - c0)].view(out, c1 - c0)
+        _fill(w, blocks, (0, out), (c0, c1))
+        torch.mm(flat, w, out=x[:, c0:c1])
+    return x.view(*g.shape[:-1], cols)
+
+
+def _portion(length: int, n: int, item_bytes: int) -> int:
+    """How many of `n` rows (or columns) of `length` values are dense at a time."""
+    fits = _SCRATCH_BYTES // (item_bytes * length) // 64 * 64
+    parts = -(-n // max(64, fits))
+    return min(n, -(-n // parts // 64) * 64)  # of about the same size
+
+
+def _fill(out: Tensor, blocks: Blocks, rows: tuple[int, int], cols: tuple[int, int]) -> None:
+    if not out.is_meta:
+        calls.dequantise(_pack(blocks), out, rows, cols)
+
+
+def _pack(blocks: Blocks) -> calls.Packed:
+    s = blocks.scales
+    parts = (s.absmax,) if s.nested is None else (s.absmax, s.nested, s.table, s.offset)
+    scales = [t for t in parts if t is not None]
+    return calls.pack(blocks.codes, blocks.levels.table, blocks.levels.bits, blocks.block, blocks.shape, scales)
+
+
+def _runs_native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and library.running() is not None
+
+
+def _suits(dtype: torch.dtype, blocks: Blocks) -> bool:
+    """Whether the native forms run; on the meta device their memory is traced, which is less than the reference's."""
+    kind = blocks.codes.device.type
+    return dtype in calls.DTYPES and kind in ("cpu", "meta") and library.running() is not None
+
+
+def _check_last(x: Tensor, size: int, blocks: Blocks) -> None:
+    if x.ndim == 0 or x.shape[-1] != size:
+        raise ShapeError(f"a matrix of {list(blocks.shape)} needs a last size of {size}, not {list(x.shape)}.")

@@ -23,10 +23,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         work = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=work, device=logits.device)
         grad = torch.empty_like(logits) if logits.requires_grad else None
-        rows = max(1, _CHUNK_VALUES // max(1, logits.shape[-1]))
+        rows = max(1, min(logits.shape[0], _CHUNK_VALUES // max(1, logits.shape[-1])))
+        # two buffers for all chunks: glibc finds no room for a large buffer where one of its size was freed
+        upcast = logits.new_empty(rows, logits.shape[-1], dtype=work)
+        result = torch.empty_like(upcast)
         for start in range(0, logits.shape[0], rows):
-            logp = torch.log_softmax(logits[start : start + rows], -1, dtype=work)
             want = targets[start : start + rows]
+            wide = upcast[: len(want)].copy_(logits[start : start + rows])
+            logp = torch.ops.aten._log_softmax.out(wide, -1, False, out=result[: len(want)])
             row = torch.arange(len(want), device=want.device)
             total -= logp[row, want].sum()
             if grad is not None:

@@ -14,23 +14,46 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from deltaw.core.spec import MethodSpec
 from deltaw.data.spec import DataSpec
 from deltaw.errors import RecipeError, near
+from deltaw.formats import BLOCKS, FORMATS
 from deltaw.methods import spec_from
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
 class BaseSpec(BaseModel):
-    """The base: where it is, how its weights are kept, and the dtype it computes in."""
+    """The base: where it is, how its weights are kept, and the dtype it computes in.
+
+    format               of its linear maps: dense (as the folder has them), or nf4, fp4, int4, int8 (quantised on load)
+    block, double_quant  of a quantised format: values that share a scale; scales in 8 bits too
+    """
 
     model_config = _STRICT
 
     path: str
     format: str = "dense"
+    block: int = 64
+    double_quant: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+
+    @model_validator(mode="after")
+    def _format_exists(self) -> BaseSpec:
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}.{near(self.format, FORMATS)} Known: {', '.join(FORMATS)}")
+        if self.format == "dense" and (self.double_quant or self.block != 64):
+            raise ValueError("block and double_quant belong to a quantised format; add format: nf4, or remove them")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, not {self.block}")
+        return self
 
 
 class OptimizerSpec(BaseModel):
-    """AdamW's settings. `lora_plus_ratio`: B's learning rate over A's (LoRA+, arXiv:2402.12354; 16 there)."""
+    """AdamW's settings.
+
+    lora_plus_ratio   B's learning rate over A's (LoRA+, arXiv:2402.12354; 16 there)
+    paged             keep states in a file, in pages; the result is the same bit for bit
+    resident_mb       of states and buffers in memory when paged (10^6 bytes); None: a quarter of the states
+    bits              of the states; 8: by blocks of 256 values (arXiv:2110.02861)
+    """
 
     model_config = _STRICT
 
@@ -39,6 +62,18 @@ class OptimizerSpec(BaseModel):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     lora_plus_ratio: float = 1.0
+    paged: bool = False
+    resident_mb: float | None = None
+    bits: Literal[32, 8] = 32
+
+    @model_validator(mode="after")
+    def _budget_is_for_pages(self) -> OptimizerSpec:
+        mb = self.resident_mb
+        if mb is not None and not self.paged:
+            raise ValueError(f"resident_mb is {mb:g}, and states are not paged; add paged: true, or remove it")
+        if mb is not None and not (math.isfinite(mb) and mb > 0):
+            raise ValueError(f"resident_mb must be a finite number above 0, not {mb}")
+        return self
 
 
 class TrainSpec(BaseModel):
@@ -144,6 +179,21 @@ class EvalSpec(BaseModel):
         return self
 
 
+class BudgetSpec(BaseModel):
+    """What a run may take. memory_gb: of resident memory in the whole process (10^9 bytes)."""
+
+    model_config = _STRICT
+
+    memory_gb: float
+
+    @field_validator("memory_gb")
+    @classmethod
+    def _is_positive(cls, value: float) -> float:
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"must be a finite number above 0, not {value}")
+        return value
+
+
 class Recipe(BaseModel):
     """A whole run. `adapter` holds a method's settings: {method: lora, rank: 16, ...}."""
 
@@ -154,7 +204,7 @@ class Recipe(BaseModel):
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
-    budget: dict[str, float] | None = None
+    budget: BudgetSpec | None = None
 
     @field_validator("base", mode="before")
     @classmethod
@@ -165,13 +215,6 @@ class Recipe(BaseModel):
     @classmethod
     def _settings_become_a_spec(cls, value: Any) -> Any:
         return spec_from(value) if isinstance(value, dict) else value
-
-    @field_validator("budget")
-    @classmethod
-    def _no_planner_yet(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError("a memory budget needs the planner, which does not exist yet; remove `budget`")
-        return value
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain data; `load_recipe` reads it back to an equal recipe."""
@@ -262,6 +305,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "train": TrainSpec,
     "train.optimizer": OptimizerSpec,
     "eval": EvalSpec,
+    "budget": BudgetSpec,
 }
 
 

@@ -16,8 +16,11 @@ from deltaw.data.template import Encoded, encode_all
 from deltaw.errors import RecipeError, RunError
 from deltaw.model.base import best_dtype, load_base
 from deltaw.model.limits import refuse_beyond
+from deltaw.model.load import load_tokenizer
 from deltaw.model.model import Model
 from deltaw.model.starter import quiet
+from deltaw.plan.memory import release_free_memory
+from deltaw.plan.plan import Plan
 from deltaw.store.files import space_explained, whole_folder, write_text
 from deltaw.store.peft import write_adapter
 from deltaw.train.checkpoint import (
@@ -31,8 +34,10 @@ from deltaw.train.checkpoint import (
 )
 from deltaw.train.evaluate import check_rows, evaluate_rows, read_labels
 from deltaw.train.events import Done, Eval, Event, Saved, Start
+from deltaw.train.fitting import chosen_before, fit, keep_choice, planned_event, work_of
 from deltaw.train.loop import Evaluate, Loop, peak_rss_mb
 from deltaw.train.loss import find_loss
+from deltaw.train.planning import Planner
 from deltaw.train.recipe import Recipe, load_recipe
 from deltaw.train.sinks import MetricsFile, TensorBoard
 from deltaw.train.step import mean_loss
@@ -98,9 +103,13 @@ def _train(
     allow_other_machine: bool,
     say: Callable[[str], None] | None,
 ) -> Iterator[Event]:
+    asked, plan = recipe, None
+    if recipe.budget is not None:
+        recipe, plan = _within_budget(recipe, out, rows, valid)
     dtype = best_dtype(recipe.adapter.trains_base) if recipe.base.dtype == "auto" else recipe.base.dtype
     b = recipe.base
     model = load_base(b.path, b.format, dtype, say=say, block=b.block, double_quant=b.double_quant)
+    release_free_memory()
     identity = {
         "recipe": recipe.plain(),
         "data": data_hash(rows),
@@ -125,8 +134,11 @@ def _train(
     encoded = encode_all(rows, model.tokenizer, recipe.data)
     refuse_beyond(model.net, encoded.examples)
     evaluate = _evaluation(model, recipe, valid, labels)
-    loop = Loop(model, encoded.examples, recipe, evaluate)
+    loop = Loop(model, encoded.examples, recipe, evaluate, out)
     begin_run(out, identity)  # only now: a folder is not taken by a recipe that cannot run
+    if plan is not None and recipe.budget is not None:
+        keep_choice(out, asked, recipe, plan)
+        yield planned_event(recipe.budget.memory_gb, plan)
     keep_bytes = 0
     if was_there and (found := newest_checkpoint(out)) is not None:
         tensors, state = found
@@ -143,6 +155,17 @@ def _train(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _within_budget(recipe: Recipe, out: Path, rows: list[Row], valid: list[Row] | None) -> tuple[Recipe, Plan | None]:
+    """The recipe with what its budget asks for chosen, and the plan; no plan where the run in `out` chose before."""
+    assert recipe.budget is not None
+    if (before := chosen_before(out, recipe)) is not None:
+        return before, None
+    tokenizer = load_tokenizer(recipe.base.path)
+    examples = encode_all(rows, tokenizer, recipe.data).examples
+    validated = encode_all(valid, tokenizer, recipe.data).examples if valid else []
+    return fit(Planner(recipe, work_of(recipe, examples, validated)), recipe.budget.memory_gb)
 
 
 def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: list[str] | None) -> Evaluate | None:

@@ -1,0 +1,160 @@
+// The C interface: which paths this CPU can run, and each operation cut into tasks over torch's own threads.
+#include <stdlib.h>
+
+#include "native.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+// Paths ------------------------------------------------------------------------------------------------------------
+
+// Bits: 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + DQ + VL, 4 AVX512-BF16; each only if the system saves the registers.
+int cpu_features() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+    if (!osxsave || !avx || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
+    const bool avx2 = ymm && fma && f16c && (b >> 5 & 1);
+    const bool avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
+    const bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return avx2 | avx512 << 1 | bf16 << 2;
+#else
+    return 0;
+#endif
+}
+
+// By number; null where this build or this CPU lacks it.
+const Path* path_at(int at) {
+    static const int features = cpu_features();
+    if (at == 0) return path_scalar();
+    if (at == 1 && (features & 1)) return path_avx2();
+    if (at == 2 && (features & 2)) return path_avx512();
+    if (at == 3 && (features & 4)) return path_avx512_bf16();
+    return nullptr;
+}
+
+// Threads ------------------------------------------------------------------------------------------------------------
+//
+// GOMP_parallel is what `#pragma omp parallel` calls. Python hands us torch's own copy of it, so there is one pool,
+// whatever file torch keeps it in. Without one, everything runs in the calling thread.
+
+using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Gomp gomp_parallel = nullptr;
+
+struct Job {
+    void (*run)(const void* task, int64_t first, int64_t last);
+    const void* task;
+    int64_t n, grain, threads, next;
+};
+
+// Whoever is free takes the next portion: a core that others want does not hold up the rest. A portion is half of a
+// fair share of what is left, so that most of a thread's work is one stream of memory and the ends still meet.
+void work(void* data) {
+    Job& job = *(Job*)data;
+    int64_t first = __atomic_load_n(&job.next, __ATOMIC_RELAXED);
+    while (first < job.n) {
+        const int64_t fair = (job.n - first) / (2 * job.threads) / 8 * 8;
+        const int64_t size = fair > job.grain ? fair : job.grain;
+        if (!__atomic_compare_exchange_n(&job.next, &first, first + size, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            continue;  // another took it: `first` is now where the rest begins
+        job.run(job.task, first, first + size < job.n ? first + size : job.n);
+        first = __atomic_load_n(&job.next, __ATOMIC_RELAXED);
+    }
+}
+
+// n items worth `cost` bytes each: portions of 64 KB or more, one thread if all is less than two of them.
+template <class Task>
+void share(const Task& task, int64_t n, int64_t cost, int threads) {
+    int64_t grain = 65536 / (cost < 1 ? 1 : cost);
+    grain = grain < 1 ? 1 : (grain + 7) / 8 * 8;
+    if (threads < 2 || !gomp_parallel || n < 2 * grain) return task(0, n);
+    Job job = {[](const void* t, int64_t first, int64_t last) { (*(const Task*)t)(first, last); }, &task, n, grain,
+               threads, 0};
+    gomp_parallel(work, &job, unsigned(threads), 0);
+}
+
+}  // namespace
+
+#define DELTAW_API extern "C" __attribute__((visibility("default")))
+
+// Every call returns 0, or 1 for a path that is not there, or 2 without memory.
+
+DELTAW_API const char* deltaw_sources() { return "deltaw-sources:" DELTAW_SOURCES; }
+
+DELTAW_API const char* deltaw_path(int at) {
+    const Path* path = path_at(at);
+    return path ? path->name : nullptr;
+}
+
+DELTAW_API void deltaw_threads_from(void* parallel) { gomp_parallel = (Gomp)parallel; }
+
+DELTAW_API int deltaw_quantise(int at, int threads, const Quantise* q) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const int64_t block = int64_t(1) << q->block_log2, n_blocks = (q->n + block - 1) / block;
+    share([&](int64_t first, int64_t last) { path->quantise(*q, first, last); }, n_blocks, 4 * block, threads);
+    return 0;
+}
+
+DELTAW_API int deltaw_quantise_dynamic(int at, int threads, const Dynamic* d) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const int64_t n_blocks = (d->n + d->block - 1) / d->block;
+    const auto task = [&](int64_t first, int64_t last) { path->quantise_dynamic(*d, first, last); };
+    share(task, n_blocks, 4 * d->block, threads);
+    return 0;
+}
+
+DELTAW_API int deltaw_dequantise_dynamic(int at, int threads, const Dynamic* d) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const int64_t n_blocks = (d->n + d->block - 1) / d->block;
+    const auto task = [&](int64_t first, int64_t last) { path->dequantise_dynamic(*d, first, last); };
+    share(task, n_blocks, 4 * d->block, threads);
+    return 0;
+}
+
+DELTAW_API int deltaw_dequantise(int at, int threads, const Dequantise* d) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const int64_t cost = (d->col1 - d->col0) * (d->dtype == F32 ? 4 : 2);
+    share([&](int64_t first, int64_t last) { path->dequantise(*d, first, last); }, d->row1 - d->row0, cost, threads);
+    return 0;
+}
+
+DELTAW_API int deltaw_product(int at, int threads, const Product* p) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    void* room = malloc(size_t(path->product_scratch(*p)) + 64);
+    if (!room) return 2;
+    void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
+    path->product_prepare(*p, scratch);
+    const int64_t cost = p->m.cols * p->m.bits / 8 * (p->n < 8 ? 1 : p->n / 4);
+    share([&](int64_t first, int64_t last) { path->product(*p, scratch, first, last); }, p->m.rows, cost, threads);
+    free(room);
+    return 0;
+}
+
+// The sum of n bytes read as floats, by the threads and portions of the others: what bandwidth there is.
+DELTAW_API int deltaw_read(int at, int threads, const uint8_t* bytes, int64_t n, float* out) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    float total = 0;  // added in whatever order: the sum of ones is exact, others only have to be read
+    share(
+        [&](int64_t first, int64_t last) {
+            const float part = path->read_sum(bytes, first, last);
+            float before, after;
+            __atomic_load(&total, &before, __ATOMIC_RELAXED);
+            do after = before + part;
+            while (!__atomic_compare_exchange(&total, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        },
+        n / 64, 64, threads);
+    *out = total;
+    return 0;
+}

@@ -1,0 +1,83 @@
+// What the translation units share. No torch, no OpenMP headers, no C++ library: plain pointers and loops.
+//
+//   value[i] = table[code[i]] * scale[i >> block_log2]        W [rows, cols] row by row, flattened
+//
+// One file per instruction set (path_*.cpp) fills in the small vector type of kernels.h and hands back a Path.
+// Everything of kernels.h lies in an unnamed namespace: two units compiled for two CPUs must not share a symbol,
+// or the linker keeps the AVX-512 copy for everyone.
+#pragma once
+#include <stdint.h>
+
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+// A matrix in 4 or 8 bits. absmax is plain, or null with the next four in its place (double quantisation):
+//   scale[b] = nested_table[absmax_codes[b]] * nested[b >> 8] + offset
+struct Matrix {
+    const uint8_t* codes;
+    const float* table;  // [16] or [256]
+    const float* absmax;
+    const uint8_t* absmax_codes;
+    const float* nested;
+    const float* nested_table;
+    const float* offset;
+    int64_t rows, cols;
+    int32_t bits, block_log2;
+};
+
+// n values of `dtype` to codes and absmax. bounds [n_levels - 1] ascending; order [n_levels]: rank -> code.
+struct Quantise {
+    const void* values;
+    const float* bounds;
+    const uint8_t* order;
+    uint8_t* codes;
+    float* absmax;
+    int64_t n;
+    int32_t dtype, bits, block_log2;
+};
+
+// 8 bits by a table of 65,536 cells over [-1, 1] (bitsandbytes' CPU way), and back by `table` [256].
+struct Dynamic {
+    float* values;
+    uint8_t* codes;
+    float* absmax;
+    const uint8_t* cells;
+    const float* table;
+    int64_t n, block;
+};
+
+// The rectangle [row0, row1) x [col0, col1) of a matrix into `out`, `stride` values from row to row.
+struct Dequantise {
+    Matrix m;
+    void* out;
+    int64_t row0, row1, col0, col1, stride;
+    int32_t dtype;
+};
+
+// y [n, rows] = x [n, cols] W^T + bias, all of `dtype`; bias may be null.
+struct Product {
+    Matrix m;
+    const void* x;
+    const void* bias;
+    void* y;
+    int64_t n;
+    int32_t dtype;
+};
+
+// Work on items [first, last); items do not depend on each other, so results do not depend on the threads.
+struct Path {
+    const char* name;
+    void (*quantise)(const Quantise&, int64_t first, int64_t last);            // blocks
+    void (*quantise_dynamic)(const Dynamic&, int64_t first, int64_t last);     // blocks
+    void (*dequantise_dynamic)(const Dynamic&, int64_t first, int64_t last);   // blocks
+    void (*dequantise)(const Dequantise&, int64_t first, int64_t last);        // rows, counted from row0
+    int64_t (*product_scratch)(const Product&);                                // bytes that `product_prepare` fills
+    void (*product_prepare)(const Product&, void* scratch);
+    void (*product)(const Product&, const void* scratch, int64_t first, int64_t last);  // rows of W
+    float (*read_sum)(const uint8_t* bytes, int64_t first, int64_t last);      // 64-byte lines: bandwidth
+};
+
+// Null where this compiler or this architecture cannot make it.
+const Path* path_scalar();
+const Path* path_avx2();
+const Path* path_avx512();
+const Path* path_avx512_bf16();

@@ -1,0 +1,111 @@
+// AVX-512 F, BW, VL, DQ: sixteen floats; a table of 16 is one permute. Built a second time by path_avx512_bf16.cpp.
+#include "native.h"
+
+#ifdef DELTAW_BF16_DOT
+#define DELTAW_PATH path_avx512_bf16
+#else
+#define DELTAW_PATH path_avx512
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
+    (defined(__AVX512BF16__) || !defined(DELTAW_BF16_DOT))
+#include <immintrin.h>
+
+namespace {
+
+struct V {
+    static constexpr int W = 16, TALL = 8;
+    using F = __m512;
+    using I = __m512i;
+    using T16 = __m512;
+    using H16 = __m512i;  // sixteen entries, twice
+
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static void istore(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+    static F load_bf16(const uint16_t* p) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static void store_bf16(uint16_t* p, F a) {  // nearest, ties to even; vcvtneps2bf16 would flush subnormals
+        const __m512i u = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), iset1(1));
+        __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, iset1(0x7fff))), 16);
+        r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), iset1(0x7fc0));
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+    }
+    static void store_f16(uint16_t* p, F a) {
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static F set1(float a) { return _mm512_set1_ps(a); }
+    static I iset1(int32_t a) { return _mm512_set1_epi32(a); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F fma_exact(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
+    static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
+    template <int N> static I shr(I a) { return _mm512_srli_epi32(a, N); }
+    static I shift_right(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+    static I lanes8() { return _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120); }
+    static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+    static I cell(F a) {  // NaN converts to the least integer
+        return _mm512_min_epi32(_mm512_max_epi32(_mm512_cvttps_epi32(a), iset1(0)), iset1(65535));
+    }
+    static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+    static I dwords(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static I dwords_part(const uint8_t* p, int64_t n) {
+        return _mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p);
+    }
+    static void store_bytes(uint8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+    static F lookup8(F table, I i) { return _mm512_permutexvar_ps(i, table); }
+    static T16 table16(const float* p) { return load(p); }
+    static F lookup16(T16 t, I i) { return _mm512_permutexvar_ps(i, t); }  // reads the low four bits
+    static F gather(const float* p, I i) { return _mm512_i32gather_ps(i, p, 4); }
+    static I twice_plus(I i, F v, F bound) {
+        const I twice = _mm512_add_epi32(i, i);
+        return _mm512_mask_add_epi32(twice, _mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), twice, iset1(1));
+    }
+    static T16 load16(const float* p) { return load(p); }
+    static H16 load16(const uint16_t* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)); }
+    template <bool PAST> static void put(void* p, __m512i a) {
+        PAST ? _mm512_stream_si512((__m512i*)p, a) : _mm512_storeu_si512(p, a);
+    }
+    template <bool PAST> static void expand32(T16 t, const uint8_t* p, float* out) {
+        for (int k = 0; k < 2; ++k) {  // a byte in every 64 bits: its high nibble below, the low one above
+            const __m512i b = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(p + 8 * k)));
+            const __m512i i = _mm512_or_si512(_mm512_srli_epi64(b, 4), _mm512_slli_epi64(b, 32));
+            put<PAST>(out + 16 * k, _mm512_castps_si512(lookup16(t, i)));
+        }
+    }
+    template <bool PAST> static void expand32(H16 t, const uint8_t* p, uint16_t* out) {
+        const __m512i b = bytes(p), i = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
+        put<PAST>(out, _mm512_permutexvar_epi16(i, t));  // reads the low five bits: the table is there twice
+    }
+    static void fence() { _mm_sfence(); }
+    static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+#ifdef DELTAW_BF16_DOT
+    static constexpr const char* NAME = "avx512_bf16";
+    using H = __m512bh;
+    static H load_half(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static F dot_half(H a, H b, F c) { return _mm512_dpbf16_ps(c, a, b); }
+#else
+    static constexpr const char* NAME = "avx512";
+#endif
+};
+
+}  // namespace
+
+#include "kernels.h"
+
+const Path* DELTAW_PATH() { return &THIS; }
+
+#else
+const Path* DELTAW_PATH() { return nullptr; }
+#endif
