@@ -27,7 +27,7 @@ class Heap:
     def __init__(self) -> None:
         self.peak = 0
         self._end = self._top = self._mapped = 0
-        self._threshold = self._trim = _FIRST
+        self._threshold = _FIRST
         self._size_at: dict[int, int] = {}
         self._start_of: dict[int, int] = {}
         self._free: list[tuple[int, int]] = []
@@ -57,12 +57,12 @@ class Heap:
         self.peak = max(self.peak, self._end + self._mapped)
 
     def free(self, name: Hashable) -> None:
-        """Give back what `name` holds, joined with its free neighbours; a long free end leaves the heap."""
+        """Give back what `name` holds, joined with its free neighbours."""
         at, size = self._used.pop(name)
         if at is None:
             self._mapped -= size
             if self._threshold < size <= _MOST_MAPPED:
-                self._threshold, self._trim = size, 2 * size
+                self._threshold = size
             return
         if at in self._start_of:
             before = self._start_of[at]
@@ -74,9 +74,7 @@ class Heap:
             size += self._size_at[behind]
             self._take(self._size_at[behind], behind)
         if at + size == self._top:
-            self._top = at
-            if self._end - self._top > self._trim:
-                self._end = self._top + _FIRST
+            self._top = at  # the end stays: in a real process something small lies there
         else:
             self._put(size, at)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deltaw.errors import RunError
 from deltaw.model.base import has_fast_bfloat16
+from deltaw.ops import native
 from deltaw.store.files import whole_folder, write_text
 
 KEEP = 2
@@ -42,13 +43,14 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What bit-exact resume depends on: processor architecture, instruction set, threads."""
+    """What bit-exact resume depends on: processor architecture, instruction set, threads, which kernels run."""
     return {
         "architecture": platform.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "bf16": has_fast_bfloat16(),
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()),
         "threads": torch.get_num_threads(),
+        "native": native.path(),
     }
 
 

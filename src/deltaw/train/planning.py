@@ -37,6 +37,10 @@ BESIDE_SHARE = {"float32": 0.08, "bfloat16": 0.2, "float16": 0.2, "float64": 0.0
 """What kernels take beside the tensors that PyTorch sees (oneDNN's copies and accumulators), over the live bytes of a
 step; by the dtype that is computed in. Measured on this project's machine (docs/planner.md)."""
 
+AGAIN_BYTES = 150_000_000
+"""What the heap keeps of blocks that are computed again, beyond its model, at most half of what is alive.
+Measured: 0 to 300 MB (docs/planner.md)."""
+
 Documents = Sequence[tuple[int, int]]
 """(tokens, target tokens) of each document of one optimizer step."""
 
@@ -127,7 +131,11 @@ class Planner:
             for documents in micros:
                 step_gradient(model, _examples(documents), loss, checkpointing=train.checkpointing, seed=1)
 
-        return self._traced(("step", base, str(micros), train.checkpointing, train.loss), model, work)
+        found = self._traced(("step", base, str(micros), train.checkpointing, train.loss), model, work)
+        if not train.checkpointing:
+            return found
+        live = sum(size for cause, size in found.items() if cause != "allocator")
+        return found | {"allocator": found["allocator"] + min(AGAIN_BYTES, live // 2)}
 
     def _evaluation(self, base: Base, model: Model, train: TrainSpec) -> dict[str, int]:
         loss = find_loss(train.loss)

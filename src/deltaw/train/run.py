@@ -124,11 +124,7 @@ def _train(
     was_there = find_run(out, identity, allow_other_machine)
     finished = out / "done.json"
     if was_there and finished.exists():
-        if not (result := out / ("model" if recipe.adapter.trains_base else "adapter")).is_dir():
-            raise RunError(
-                f"{out} says that its run is done, but {result} is gone. Remove {finished} to make it again."
-            )
-        yield Done(**json.loads(finished.read_text()))
+        yield _done_before(out, finished, "model" if recipe.adapter.trains_base else "adapter")
         return
     model.attach(recipe.adapter, seed=recipe.train.seed)
     encoded = encode_all(rows, model.tokenizer, recipe.data)
@@ -155,6 +151,13 @@ def _train(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _done_before(out: Path, finished: Path, what: str) -> Done:
+    """The last event of a run that is complete. Raises RunError when its result is gone."""
+    if not (result := out / what).is_dir():
+        raise RunError(f"{out} says that its run is done, but {result} is gone. Remove {finished} to make it again.")
+    return Done(**json.loads(finished.read_text()))
 
 
 def _within_budget(recipe: Recipe, out: Path, rows: list[Row], valid: list[Row] | None) -> tuple[Recipe, Plan | None]:
