@@ -98,7 +98,9 @@ def peer(folder: Any, tokenizer: Any, rows: Any, max_tokens: int) -> float:
 
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
-    value: float = evaluate_rows(Model(net, tokenizer), rows, "perplexity", DataSpec(max_tokens=max_tokens))["value"]
+    model = Model(net, tokenizer)
+    net.train()  # in eval mode its CPU path repacks the codes and rounds the scales; there is no dropout
+    value: float = evaluate_rows(model, rows, "perplexity", DataSpec(max_tokens=max_tokens))["value"]
     return value
 
 
