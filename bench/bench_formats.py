@@ -31,7 +31,6 @@ from torch import Tensor
 from deltaw.data.source import read_rows
 from deltaw.data.spec import DataSpec
 from deltaw.model.base import load_base
-from deltaw.model.model import Model
 from deltaw.model.quantised import Format, frozen_weights, quantisable
 from deltaw.train.checkpoint import machine, versions
 from deltaw.train.evaluate import evaluate_rows
@@ -84,24 +83,8 @@ def on_base(base: str, texts: dict[str, Any], max_tokens: int) -> dict[str, dict
             result = evaluate_rows(model, rows, "perplexity", DataSpec(max_tokens=max_tokens))
             row[f"perplexity_{text}"] = result["value"]
         found[name] = row
-        if name == "nf4" and importlib.util.find_spec("bitsandbytes"):
-            row["bitsandbytes"] = {
-                t: peer(dense.folder, dense.tokenizer, rows, max_tokens) for t, rows in texts.items()
-            }
         print(name, json.dumps(row), file=sys.stderr, flush=True)
     return found
-
-
-def peer(folder: Any, tokenizer: Any, rows: Any, max_tokens: int) -> float:
-    """Perplexity of the base as transformers and bitsandbytes load it in nf4, computing in float32."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
-    model = Model(net, tokenizer)
-    net.train()  # in eval mode its CPU path repacks the codes and rounds the scales; there is no dropout
-    value: float = evaluate_rows(model, rows, "perplexity", DataSpec(max_tokens=max_tokens))["value"]
-    return value
 
 
 def minilm(folder: str | None) -> Path | None:
@@ -172,8 +155,6 @@ def main() -> None:
         perplexities = "".join(f"{r[f'perplexity_{n}']:10.3f}{w:+9.2%}" for n, w in zip(names, worse, strict=True))
         rest = "  ".join(f"{o} {e[name]['rms']:.4f}" for o, e in others.items())
         print(f"{name:10}{r['bits']:8.3f}{r['rms']:11.4f}{perplexities}  {rest}")
-    if theirs := base["nf4"].get("bitsandbytes"):
-        print("nf4 by transformers and bitsandbytes:", "  ".join(f"{n} {theirs[n]:.3f}" for n in names))
 
 
 if __name__ == "__main__":
