@@ -82,7 +82,7 @@ def test_every_shape_that_is_shipped_makes_a_network():
 
     sizes = {}
     for name, config in shapes().items():
-        net, _ = network_of(Base(name, config, None))
+        net = network_of(Base(name, config, None))
         sizes[name] = sum(p.numel() for p in {id(p): p for p in net.parameters()}.values())
     assert len(sizes) >= 15
     assert sizes["smollm2-135m"] == 134_515_008

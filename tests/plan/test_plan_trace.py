@@ -58,7 +58,7 @@ def test_activations_are_what_autograd_keeps_in_a_real_step(kind):
 
 def test_a_timeline_adds_up_and_ends_with_the_gradients_alone():
     base = Base("gpt2", __import__("deltaw.plan.network", fromlist=["shapes"]).shapes()["gpt2"], None)
-    model, _ = planned_model(base, Lora(rank=3, alpha=5))
+    model = planned_model(base, Lora(rank=3, alpha=5))
     parameters = list(model.trainable().values())
     known = [*model.net.parameters(), *model.net.buffers(), *parameters]
     timeline = traced(lambda: step_gradient(model, rows(1, 8), sft), known, parameters, 50257)

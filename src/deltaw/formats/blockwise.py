@@ -98,10 +98,29 @@ class BlockwiseWeight(nn.Module):
         double_quant: bool = False,
     ) -> tuple[int, int]:
         """Bytes of the codes and of the constants of such a matrix, without making it."""
+        made = cls.empty(out_features, in_features, dtype=dtype, block=block, double_quant=double_quant)
+        return made.codes.nbytes, made.nbytes() - made.codes.nbytes
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block: int = 64,
+        double_quant: bool = False,
+    ) -> Self:
+        """Such a matrix on the meta device: it has shapes, and its products trace the memory of real ones."""
         n = out_features * in_features
         n_blocks = -(-n // block)
-        constants = n_blocks + 4 * -(-n_blocks // NESTED_BLOCK) + 4 if double_quant else 4 * n_blocks
-        return -(-n * cls.levels.bits // 8), constants
+        with torch.device("meta"):
+            codes = torch.empty(-(-n * cls.levels.bits // 8), dtype=torch.uint8)
+            scales = Scales(torch.empty(n_blocks))
+            if double_quant:
+                nested = torch.empty(-(-n_blocks // NESTED_BLOCK))
+                scales = Scales(torch.empty(n_blocks, dtype=torch.uint8), nested, _DYNAMIC, torch.empty(()))
+        return cls(Blocks(codes, scales, cls.levels, block, (out_features, in_features)), dtype)
 
     @property
     def double_quant(self) -> bool:

@@ -177,6 +177,7 @@ class _Job:
                 self.say("computing logits of the merged model")
                 ids, wanted, kind = expected
                 probe = compare_folder(aside, self.written_dtype, ids, wanted, kind)
+            refuse_used(out)  # by another process, in the meantime
         return tally, probe
 
     def report(self, out: Path, tally: Tally, probe: Probe | None, seconds: float) -> MergeReport:

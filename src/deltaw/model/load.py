@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from deltaw.core.checkpoint_files import checkpoint_files, read_header
+from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
@@ -141,13 +140,11 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
 
 def folder_format(folder: Path) -> Format | None:
     """How the weights of a folder are quantised; None when they are not. Raises BaseError for ways unknown to us."""
-    path = folder / "config.json"
+    config = read_json(folder / "config.json")
     try:
-        return saved_format(json.loads(path.read_text(encoding="utf-8")))
+        return saved_format(config)
     except BaseError as problem:
         raise BaseError(f"{folder}: {problem}") from problem
-    except (ValueError, AttributeError) as problem:
-        raise BaseError(f"{path} is not a JSON object: {problem}.\n  Download the model again.") from problem
 
 
 @torch.no_grad()

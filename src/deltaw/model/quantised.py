@@ -27,8 +27,6 @@ from deltaw.model.sites import find_sites
 from deltaw.model.unsupported import refuse_unquantisable
 
 METHOD = "deltaw"
-OURS = ("bitsandbytes", METHOD)
-"""The values of quant_method that we read."""
 
 
 @dataclass(frozen=True)

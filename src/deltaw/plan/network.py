@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltaw.core.site import LinearSite
+from deltaw.core.checkpoint_files import read_json
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BaseError, near
 from deltaw.formats import QUANTISED
@@ -20,6 +20,7 @@ from deltaw.model.load import resolve_base
 from deltaw.model.model import Model
 from deltaw.model.quantised import quantisable
 from deltaw.model.starter import STARTERS, Say
+from deltaw.plan.trace import Tracer
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 ALIASES = {
@@ -29,8 +30,6 @@ ALIASES = {
     "70b": "llama-70b",
     "smollm2-135m-instruct": "smollm2-135m",
 }
-SCRATCH_BYTES = 8 << 20
-"""Most of a quantised matrix that a product holds dequantised at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,93 +82,36 @@ def find_config(name: str | Path, say: Say | None = None) -> tuple[dict[str, Any
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise BaseError(f"{path} cannot be read as JSON: {problem}.\n  A base has a config.json.") from None
-    if not isinstance(found, dict):
-        raise BaseError(f"{path} is no JSON object.\n  Download the model again.")
-    return found
-
-
-class PlannedWeight(nn.Module):
-    """Stands for a matrix in a quantised format: takes the memory that its products take, and computes nothing."""
-
-    def __init__(self, site: LinearSite, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.dtype = site.in_features, site.out_features, dtype
-
-    def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias: [..., in] -> [..., out]."""
-        y: Tensor = _Mul.apply(x, bias, self)
-        return y
-
-    def mul_t(self, g: Tensor) -> Tensor:
-        """g W: [..., out] -> [..., in]."""
-        scratch = self._scratch(g)
-        y = g.new_empty(*g.shape[:-1], self.in_features)
-        del scratch
-        return y
-
-    def columns(self, ids: Tensor) -> Tensor:
-        """Columns of W: [..., out]."""
-        return torch.empty(*ids.shape, self.out_features, dtype=self.dtype, device=ids.device)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W as [out, in]: a method that looks at the weight takes this memory for a moment."""
-        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
-
-    def like(self, dense: Tensor) -> PlannedWeight:
-        """This weight: a plan changes no values."""
-        return self
-
-    def nbytes(self) -> int:
-        """None of its own; `bytes_of` counts what the format takes."""
-        return 0
-
-    def _scratch(self, x: Tensor) -> Tensor:
-        whole = self.in_features * self.out_features
-        return x.new_empty(min(whole, SCRATCH_BYTES // x.element_size()))
-
-
-class _Mul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PlannedWeight) -> Tensor:
-        ctx.weight, ctx.has_bias = weight, bias is not None and bias.requires_grad
-        scratch = weight._scratch(x)
-        y = x.new_empty(*x.shape[:-1], weight.out_features)
-        del scratch
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,) = grads
-        dx = ctx.weight.mul_t(g) if ctx.needs_input_grad[0] else None
-        return dx, g.reshape(-1, g.shape[-1]).sum(0) if ctx.has_bias else None, None
+    if not path.is_file():
+        raise BaseError(f"{path} is not there.\n  A base has a config.json.")
+    return read_json(path)
 
 
 @torch.no_grad()
-def network_of(base: Base) -> tuple[nn.Module, dict[str, LinearSite]]:
-    """The network on the meta device as it would be kept, and the maps that its format quantises."""
+def network_of(base: Base) -> nn.Module:
+    """The network on the meta device as it would be kept."""
     net = network_from(base.config, getattr(torch, base.dtype))
     quantised = quantisable(net) if base.format in QUANTISED else {}
     for name, site in quantised.items():
         module = net.get_submodule(name)
         parent, _, child = name.rpartition(".")
-        weight = PlannedWeight(site, module.weight.dtype)
+        weight = QUANTISED[base.format].empty(
+            site.out_features,
+            site.in_features,
+            dtype=module.weight.dtype,
+            block=base.block,
+            double_quant=base.double_quant,
+        )
         setattr(net.get_submodule(parent), child, FrozenLinear(weight, module.bias, site.kind))
-    return net, quantised
+    return net
 
 
-def planned_model(base: Base, spec: MethodSpec) -> tuple[Model, dict[str, LinearSite]]:
-    """The model that would train, on the meta device, with a fresh adapter; and the maps that are quantised.
+def planned_model(base: Base, spec: MethodSpec) -> Model:
+    """The model that would train, on the meta device, with a fresh adapter.
 
     Raises what attaching the real one raises: TargetError, AdapterError, BaseError.
     """
-    from deltaw.plan.trace import Tracer
-
-    net, quantised = network_of(base)
-    model = Model(net)  # type: ignore[arg-type]
+    model = Model(network_of(base))  # type: ignore[arg-type]
     with Tracer(), torch.device("meta"):
         model.attach(spec)
-    return model, quantised
+    return model

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.core.site import LinearSite
-from deltaw.formats import FORMATS
-from deltaw.plan.network import Base
+from deltaw.model.quantised import frozen_weights
 
 CAUSES = (
     "weights",
@@ -54,28 +52,21 @@ class Counts:
     optimizer: int = 0
 
 
-def count(base: Base, net: nn.Module, quantised: dict[str, LinearSite], trainable: dict[str, Tensor]) -> Counts:
-    """What `base` and the tensors that train take. `net` is the base's own network on the meta device."""
+def count(net: nn.Module, trainable: dict[str, Tensor]) -> Counts:
+    """What a base and the tensors that train take. `net` is the base's own network on the meta device."""
+    frozen = frozen_weights(net).values()
+    codes = sum(w.codes.nbytes for w in frozen)
+    held = {t.untyped_storage()._cdata for w in frozen for t in w.buffers()}
     dense = {t.untyped_storage()._cdata: t for t in (*net.parameters(), *net.buffers())}
     own = {p.untyped_storage()._cdata: p for p in net.parameters()}
-    import torch
-
-    dtype: torch.dtype = getattr(torch, base.dtype)
-    kept = [
-        FORMATS[base.format].planned(
-            s.out_features, s.in_features, dtype=dtype, block=base.block, double_quant=base.double_quant
-        )
-        for s in quantised.values()
-    ]
     trains = sum(t.numel() for t in trainable.values())
     size = sum(t.numel() * t.element_size() for t in trainable.values())
     of_base = all(t.untyped_storage()._cdata in own for t in trainable.values())
     return Counts(
-        parameters=sum(p.numel() for p in own.values())
-        + sum(s.in_features * s.out_features for s in quantised.values()),
+        parameters=sum(p.numel() for p in own.values()) + sum(w.in_features * w.out_features for w in frozen),
         trainable=trains,
-        weights=sum(t.numel() * t.element_size() for t in dense.values()) + sum(w for w, _ in kept),
-        constants=sum(c for _, c in kept),
+        weights=sum(t.nbytes for key, t in dense.items() if key not in held) + codes,
+        constants=sum(w.nbytes() for w in frozen) - codes,
         adapter=0 if of_base else size,
         gradients=size,
     )

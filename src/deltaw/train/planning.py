@@ -103,12 +103,12 @@ class Planner:
         if base not in self._models:
             if recipe.adapter.trains_base and base.format != "dense":
                 raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
-            model, quantised = planned_model(base, recipe.adapter)
+            model = planned_model(base, recipe.adapter)
             limit = max_positions(model.net)
             longest = max(n for n, _ in self.work.step)
             if limit is not None and longest > limit:
                 raise BaseError(f"rows of {longest} tokens, and this base has {limit} positions: use {limit} or fewer.")
-            self._models[base] = model, count(base, model.net, quantised, model.trainable())
+            self._models[base] = model, count(model.net, model.trainable())
         return self._models[base]
 
     def micro_batches(self, train: TrainSpec) -> list[list[tuple[int, int]]]:
