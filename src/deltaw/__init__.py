@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from deltaw.core.affine import Affine
     from deltaw.core.fingerprint import BaseFingerprint
     from deltaw.merge.bake import bake
-    from deltaw.methods import METHODS, Full, Lora
+    from deltaw.methods import *  # noqa: F403
+    from deltaw.methods import METHODS
     from deltaw.model.base import load_base
     from deltaw.model.model import Model
     from deltaw.store.peft import read_adapter as load_adapter
@@ -26,8 +27,6 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "Adapter": ("deltaw.core.adapter", "Adapter"),
     "Affine": ("deltaw.core.affine", "Affine"),
     "BaseFingerprint": ("deltaw.core.fingerprint", "BaseFingerprint"),
-    "Full": ("deltaw.methods", "Full"),
-    "Lora": ("deltaw.methods", "Lora"),
     "Model": ("deltaw.model.model", "Model"),
     "Replacement": ("deltaw.core.adapter", "Replacement"),
     "Recipe": ("deltaw.train.recipe", "Recipe"),
@@ -44,8 +43,6 @@ __all__ = [
     "Affine",
     "BaseFingerprint",
     "DeltawError",
-    "Full",
-    "Lora",
     "Model",
     "Recipe",
     "Replacement",
@@ -58,7 +55,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
-    module, attribute = _LATER[name]
-    return getattr(import_module(module), attribute)
+    """A public name on first use; a method's class (Lora, Full ...) by its name in deltaw.methods."""
+    if name in _LATER:
+        module, attribute = _LATER[name]
+        return getattr(import_module(module), attribute)
+    methods = import_module("deltaw.methods") if name[:1].isupper() else None
+    if methods is not None and any(method.__name__ == name for method in methods.METHODS):
+        return getattr(methods, name)
+    raise AttributeError(f"module 'deltaw' has no attribute {name!r}")

@@ -115,13 +115,18 @@ def _cli_default(p: Any) -> str:
 
 def recipe_keys() -> dict[str, str]:
     """Every key of a recipe with its default as recipes write it: {"train.lr": "0.0005", ...}."""
-    from deltaw.methods import METHODS
+    from deltaw.core.spec import MethodSpec
     from deltaw.train.recipe import Recipe
 
-    found = dict(_keys("", Recipe))
-    for method in METHODS:
-        found |= {k: v for k, v in _keys("adapter.", method) if k != "adapter.method"}
-    return found | {"adapter.method": "`lora`"}
+    return dict(_keys("", Recipe)) | dict(_keys("adapter.", MethodSpec)) | {"adapter.method": "`lora`"}
+
+
+def method_keys(method: type[BaseModel]) -> dict[str, str]:
+    """The settings that a method has of its own, or with a default of its own, as recipes write them."""
+    from deltaw.core.spec import MethodSpec
+
+    shared = dict(_keys("", MethodSpec))
+    return {k: v for k, v in _keys("", method) if k != "method" and shared.get(k) != v}
 
 
 def _keys(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str]]:

@@ -82,8 +82,12 @@ def test_every_method_has_a_page_and_a_row():
         assert mergeable == ("yes" if method.mergeable else "no"), method.name
         assert peft_type.strip("`") == (method.peft_type or "none"), method.name
         text = page.read_text(encoding="utf-8")
-        for fact in (f"`{method.name}`", f"`mergeable`: {mergeable}", f"PEFT type: {peft_type}"):
+        home = f"::: {method.__module__}.{method.__name__}"
+        for fact in (f"`{method.name}`", f"`mergeable`: {mergeable}", f"PEFT type: {peft_type}", home):
             assert fact in text, f"{shown(page)} does not say {fact}"
+        assert f"learning rate: `{method.lr:g}`" in text, f"{shown(page)} does not say `{method.lr:g}`"
+        settings = {key.strip("`"): default for key, default, _ in pages.table_rows(section(text, "Settings"))}
+        assert settings == pages.method_keys(method), shown(page)
 
 
 def test_every_public_name_and_module_is_in_the_api_pages():
@@ -152,7 +156,7 @@ def tiny_base(tmp_path) -> Path:
 def test_the_python_example_runs(tiny_base, tmp_path, monkeypatch, capsys):
     (block,) = code_blocks(section(README, "From Python"), "python")
     names = {n.attr for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Attribute) and called(n.value) == "deltaw"}
-    assert names <= set(deltaw.__all__)
+    assert names <= set(deltaw.__all__) | {m.__name__ for m in METHODS}
     assert len(names) >= 4
     monkeypatch.chdir(tmp_path)
     seen: dict[str, object] = {}

@@ -62,7 +62,6 @@ def test_a_budget_is_a_number_of_gb_above_0() -> None:
         ("train.lr=.nan", "lr must be"),
         ("train.lr=.inf", "lr must be"),
         ("train.lr=fast", "train.lr"),
-        ("train.lr=", "train.lr"),
         ("train.epochs=0", "epochs must be"),
         ("train.epochs=.inf", "epochs must be"),
         ("train.steps=0", "steps must be"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.site import LinearSite
+from deltaw.core.site import Site
 from deltaw.core.spec import MethodSpec
 
 
@@ -35,15 +35,19 @@ class Adapter:
 
     spec         the method and its settings
     sites        parameters by site name and parameter name, float32 as a rule
+    shared       parameters of the whole adapter, which every site reads
     replaced     whole tensors or rows that it swaps
+    overrides    settings of the base's config that it needs (a rescaled RoPE)
     fingerprint  the base it was trained on; None for a foreign adapter that does not say
     provenance   recipe, data hash, versions, metrics, seed: never part of the identity
     """
 
     spec: MethodSpec
     sites: dict[str, dict[str, Tensor]]
-    places: tuple[LinearSite, ...] = ()
+    places: tuple[Site, ...] = ()
+    shared: dict[str, Tensor] = field(default_factory=dict)
     replaced: tuple[Replacement, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
     fingerprint: BaseFingerprint | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -54,6 +58,7 @@ class Adapter:
         for part in (
             json.dumps(self.spec.model_dump(mode="json"), sort_keys=True),
             "" if self.fingerprint is None else self.fingerprint.model_dump_json(),
+            *([json.dumps(self.overrides, sort_keys=True)] if self.overrides else []),
         ):
             digest.update(len(part).to_bytes(8, "big") + part.encode())
         for name, tensor in sorted(self.tensors().items()):
@@ -66,6 +71,7 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a unique name; row numbers are part of a replaced tensor's name."""
         named = {f"{site}:{p}": t for site, params in self.sites.items() for p, t in params.items()}
+        named |= {f"shared:{p}": t for p, t in self.shared.items()}
         for r in self.replaced:
             rows = "" if r.rows is None else json.dumps(r.rows)
             named[f"replace:{r.tensor}:{rows}"] = r.value

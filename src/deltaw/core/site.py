@@ -1,10 +1,11 @@
-"""A place in a base model where a change can sit."""
+"""Places in a base model where a change can sit: a linear map, a block's half, or in front of the sequence."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 SiteKind = Literal["linear", "conv1d", "embedding"]
 
@@ -36,5 +37,100 @@ class LinearSite:
     @property
     def layer(self) -> int | None:
         """The number of the block it belongs to (the first number in its path), or None."""
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", "." + self.name)
-        return int(found.group(1)) if found else None
+        return _layer(self.name)
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """One half of a transformer block, attention or feed-forward: from the input of its first linear map to the
+    output of its last one, before the residual sum.
+
+    name   the path of the last map, "model.layers.0.self_attn.o_proj": its output is the half's output
+    entry  the path of the first map, "model.layers.0.self_attn.q_proj": its input is the half's input
+    width  features of both
+    part   "attention" or "ffn"
+    """
+
+    name: str
+    entry: str
+    width: int
+    part: Literal["attention", "ffn"]
+    kind: Literal["block"] = "block"
+
+    @property
+    def role(self) -> str:
+        """The half it is: "attention" or "ffn"."""
+        return self.part
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the block it belongs to, or None."""
+        return _layer(self.name)
+
+
+@dataclass(frozen=True)
+class VirtualSite:
+    """The front of the sequence, where learned vectors can stand.
+
+    kind        "input": vectors beside the token embeddings; "cache": keys and values in front of each layer's
+    width       features of a token embedding
+    stacks      sequences that get vectors of their own: 1, or 2 for an encoder and a decoder
+    n_layers, n_heads, head_dim  of the cache: layers, key-value heads, features of a head
+    """
+
+    name: str
+    kind: Literal["input", "cache"]
+    width: int
+    stacks: int = 1
+    n_layers: int = 0
+    n_heads: int = 0
+    head_dim: int = 0
+
+    @property
+    def role(self) -> str:
+        """What it is called: its name."""
+        return self.name
+
+    @property
+    def layer(self) -> None:
+        """It belongs to no block."""
+        return None
+
+
+Site = LinearSite | BlockSite | VirtualSite
+
+
+def site_from(plain: dict[str, Any]) -> Site:
+    """The place that `dataclasses.asdict` made into `plain`."""
+    kinds: dict[Any, type[Site]] = {"block": BlockSite, "input": VirtualSite, "cache": VirtualSite}
+    return kinds.get(plain.get("kind"), LinearSite)(**plain)
+
+
+def plain_site(site: Site) -> dict[str, Any]:
+    """A place as plain data."""
+    return asdict(site)
+
+
+def find_blocks(sites: Iterable[LinearSite]) -> dict[str, BlockSite]:
+    """The halves of every block, by name, from the model's linear maps in their order.
+
+    Maps of one block belong to its attention when their path says so ("attn", "attention"), else to its feed-forward.
+    A half counts where its first map takes as many features as its last one gives.
+    """
+    halves: dict[tuple[str, str], list[LinearSite]] = {}
+    for site in sites:
+        found = re.match(r"(.*\.\d+)\.(.+)$", site.name)
+        if found and site.kind != "embedding":
+            part = "attention" if re.search(r"att", found.group(2), re.IGNORECASE) else "ffn"
+            halves.setdefault((found.group(1), part), []).append(site)
+    made = {}
+    for (_, part), maps in halves.items():
+        first, last = maps[0], maps[-1]
+        if len(maps) > 1 and first.in_features == last.out_features:
+            made[last.name] = BlockSite(last.name, first.name, last.out_features, part)  # type: ignore[arg-type]
+    return made
+
+
+def _layer(name: str) -> int | None:
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", "." + name)
+    return int(found.group(1)) if found else None

@@ -2,23 +2,57 @@
 
 A method is one file with one class: the class is its settings (pydantic, frozen, unknown keys refused) and
 carries `shapes`, `init` and `lower`. The registry in methods/__init__.py has one line for it. Everything
-else (training, merging, saving, loading, the command line) is written once against this class.
+else (training, merging, saving, loading, planning, the command line) is written once against this class.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
-from deltaw.core.site import LinearSite
+from deltaw.core.bottleneck import Bottleneck
+from deltaw.core.prefix import Prefix
+from deltaw.core.site import LinearSite, Site
 from deltaw.core.weight import Weight
 from deltaw.errors import SpecError, near
 
+Form = Affine | Bottleneck | Prefix
 Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fresh parameters at one site are made from.
+
+    rng         all randomness
+    weight      the frozen matrix of a linear map, or of the token embeddings at a virtual site; None at a block's half
+    bias        the base's bias there, or None
+    source      W [out, in] as the checkpoint has it, before it was quantised; None where that is not known
+    directions  [k, in] leading right singular vectors of the inputs at the site, for a method that `calibrates`
+    encode      text to token ids, where the base has a tokenizer
+    """
+
+    rng: torch.Generator
+    weight: Weight | None = None
+    bias: Tensor | None = None
+    source: Callable[[], Tensor] | None = None
+    directions: Tensor | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A method's settings and parameters: `sites` by site name, `shared` of the whole model."""
+
+    spec: MethodSpec
+    sites: dict[str, Params]
+    shared: Params
 
 
 class MethodSpec(BaseModel):
@@ -42,10 +76,14 @@ class MethodSpec(BaseModel):
     new_tokens: tuple[str, ...] = ()
 
     name: ClassVar[str]  # the key in recipes and files
+    sits: ClassVar[Literal["linear", "block", "input", "cache"]] = "linear"  # on which kind of place
+    lr: ClassVar[float] = 5e-4  # the learning rate of a recipe that does not say
     starts_at_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False  # the base's own weights train (full fine-tuning)
+    formats: ClassVar[tuple[str, ...] | None] = None  # of the base's linear maps; None: all
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters, own or shared, that never train
     peft_type: ClassVar[str | None] = None
 
     def __init__(self, **settings: Any) -> None:
@@ -71,6 +109,15 @@ class MethodSpec(BaseModel):
                 raise ValueError(f"is {value!r}; write a list [0, 1] or a range '0-11'")
         return value
 
+    @model_validator(mode="after")
+    def _places_are_its_own(self) -> MethodSpec:
+        kind = type(self).sits
+        if kind != "linear" and self.targets != "all-linear":
+            raise ValueError(f"method {self.name!r} does not sit at linear maps: remove targets")
+        if kind in ("input", "cache") and (self.exclude is not None or self.layers is not None):
+            raise ValueError(f"method {self.name!r} sits in front of the sequence: remove exclude and layers")
+        return self
+
     def layer_numbers(self) -> set[int] | None:
         """The block numbers asked for, or None for all."""
         if self.layers is None:
@@ -80,33 +127,82 @@ class MethodSpec(BaseModel):
             return set(range(int(first), int(last or first) + 1))
         return set(self.layers)
 
-    # What a method defines ---------------------------------------------------------------------
+    # What a method defines. `site` is of the kind that `sits` names -----------------------------------
 
-    def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Any, targeted: bool = True) -> dict[str, tuple[int, ...]]:
         """The parameters at `site`, by name. `targeted` is False at a site that only `wants` keeps."""
         raise NotImplementedError
 
-    def idle(self, sites: list[LinearSite]) -> list[str]:
+    def init(self, site: Any, start: Start) -> Params:
+        """Fresh float32 parameters for `site`; all randomness comes from `start.rng`."""
+        raise NotImplementedError
+
+    def lower(self, site: Any, params: Params, weight: Weight, bias: Tensor | None = None) -> Form:
+        """The parameters as a normal form, differentiable in them.
+
+        params  those at the site and the shared ones;  weight, bias  of the base there, at a linear map
+        """
+        raise NotImplementedError
+
+    # What a method may define ---------------------------------------------------------------------
+
+    def choose(self, sites: list[LinearSite]) -> list[LinearSite] | None:
+        """The linear maps that `targets` means by a word of this method's own; None: it is no such word."""
+        return None
+
+    def idle(self, sites: list[Any]) -> list[str]:
         """Settings for single places that none of the targeted `sites` uses: a misspelt name, most likely."""
         return []
 
-    def wants(self, site: LinearSite) -> bool:
+    def wants(self, site: Site) -> bool:
         """Whether a site that no target names gets parameters all the same (bias = "all")."""
         return False
 
-    def init(self, site: LinearSite, weight: Weight, bias: Tensor | None, rng: torch.Generator) -> Params:
-        """Fresh float32 parameters for `site`; all randomness comes from `rng`."""
-        raise NotImplementedError
+    def sits_at(self, site: Site) -> bool:
+        """Whether a block's half, or the front of the sequence, gets parameters. Linear maps go by `targets`."""
+        return True
 
-    def lower(self, site: LinearSite, params: Params, weight: Weight) -> Affine:
-        """The parameters as a normal form, differentiable in them."""
-        raise NotImplementedError
+    def shared_shapes(self, sites: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+        """Parameters of the whole adapter, which every one of its `sites` reads."""
+        return {}
+
+    def init_shared(self, sites: Sequence[Any], rng: torch.Generator) -> Params:
+        """Fresh shared parameters."""
+        return {}
+
+    @property
+    def trains_biases(self) -> bool:
+        """Whether biases of linear maps can train."""
+        return False
+
+    @property
+    def trains_norm_biases(self) -> bool:
+        """Whether biases that belong to no linear map, those of norms, train and are saved whole."""
+        return False
+
+    @property
+    def calibrates(self) -> int:
+        """How many directions of its inputs each site needs to start from; 0: none."""
+        return 0
+
+    def settled(self, made: Made, sites: Mapping[str, Any]) -> Made:
+        """What is saved: the same change without what only training needs (a prompt's encoder, a frozen start)."""
+        return made
+
+    def overrides(self, config: Any) -> dict[str, Any]:
+        """Settings of the base's config that hold while the adapter is in use, and in a merged model."""
+        return {}
 
     # How PEFT names the same thing ----------------------------------------------------------------
 
-    def to_peft(self, sites: list[LinearSite]) -> dict[str, Any]:
+    def to_peft(self, sites: list[Any]) -> dict[str, Any]:
         """The method's part of PEFT's adapter_config.json, for the sites it sits on."""
         raise NotImplementedError
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        """Whether an adapter_config.json is this method's."""
+        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> MethodSpec:
@@ -115,8 +211,16 @@ class MethodSpec(BaseModel):
 
     @classmethod
     def peft_params(cls) -> dict[str, tuple[str, str]]:
-        """PEFT's tensor names below a module path -> (our parameter, "linear" or "embedding")."""
+        """PEFT's tensor names -> (our parameter, where).
+
+        where  "linear", "embedding", "block": the name follows a module's path; "shared", "virtual": it is whole
+        """
         raise NotImplementedError
+
+    @classmethod
+    def peft_site(cls, name: str, params: Params) -> Site | None:
+        """The site of a foreign adapter's tensors, as far as they tell; None: as LoRA's."""
+        return None
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from deltaw.core.affine import Affine, merged
 from deltaw.errors import NotMergeable, WorkFailed
-from deltaw.model.attachment import Attachment, Places
+from deltaw.model.attachment import Attachment
+from deltaw.model.places import Places
 
 Ties = Mapping[str, tuple[str, ...]]
 """A tensor's name -> the other names that share its memory."""
@@ -64,9 +65,9 @@ def changes_of(made: Attachment, places: Places, ties: Ties) -> dict[str, Change
     Raises NotMergeable for what plain weights cannot hold.
     """
     found: dict[str, Change] = {name: Change(swap=value) for name, value in made.swaps.items()}
-    for name, params in made.sites.items():
-        site = places.sites[name]
-        affine = made.spec.lower(site, params, places.weights[name])
+    for name in made.sites:
+        site, affine = places.sites[name], made.lowered(name, places)
+        assert isinstance(affine, Affine)
         if affine.bias is not None:
             if not site.has_bias:
                 raise NotMergeable(f"The adapter adds a bias at {name}, where the base has none: a plain model cannot.")

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from deltaw.core.adapter import Adapter
 from deltaw.merge.checkpoint import Checkpoint, StoredWeight
-from deltaw.model.attachment import Attachment, Places, strict
+from deltaw.model.attachment import Attachment
 from deltaw.model.empty import empty_network
 from deltaw.model.load import load_transformers
+from deltaw.model.places import Places
 from deltaw.model.quantised import Format, dequantise_network
 from deltaw.model.sites import find_sites
+from deltaw.model.strict import strict
 
 
 class Source:
@@ -60,8 +62,8 @@ class Source:
         """The adapter fitted to this base, strictly. Raises AdapterError that lists what does not fit."""
         modules = dict(self.net.named_modules())
         weights = _Lazy(list(self.sites), self._weight)
-        biases = {n: getattr(modules[n], "bias", None) for n in self.sites}
-        places = Places(self.sites, weights, biases, modules)  # type: ignore[arg-type]
+        biases = _Lazy([n for n, s in self.sites.items() if s.has_bias], lambda n: self.read(f"{n}.bias"))
+        places = Places.of(self.net, self.sites, weights, biases, modules)
         replaced = {r.tensor for r in adapter.replaced if r.rows is None and r.tensor in self.tensors}
         base = {n: self.read(n) if n in replaced else t for n, t in self.tensors.items()}
         return strict(adapter, places, base), places

@@ -1,4 +1,4 @@
-"""One file per method. `METHODS` is the registry: adding a method is its file and one line here."""
+"""One file per method. `METHODS` is the registry: adding a method is its file and one line here, with its import."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import SpecError, near
-from deltaw.methods.full import Full
-from deltaw.methods.lora import Lora
+from deltaw.methods.full import Full as Full
+from deltaw.methods.lora import Lora as Lora
 
 METHODS: tuple[type[MethodSpec], ...] = (
     Lora,
@@ -26,6 +26,3 @@ def method_class(name: str) -> type[MethodSpec]:
 def spec_from(settings: dict[str, Any]) -> MethodSpec:
     """A method's settings from plain data, as a recipe or deltaw.json holds it: {"method": "lora", ...}."""
     return method_class(str(settings.get("method", "lora")))(**settings)
-
-
-__all__ = ["METHODS", "Full", "Lora", "method_class", "spec_from"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite
-from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.spec import MethodSpec, Params, Start
 from deltaw.core.weight import Weight
 
 
@@ -22,9 +21,11 @@ class Full(MethodSpec):
     """Settings of full fine-tuning: none of its own."""
 
     name: ClassVar[str] = "full"
+    lr: ClassVar[float] = 5e-5
     trains_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     batchable: ClassVar[bool] = False
+    formats: ClassVar[tuple[str, ...] | None] = ("dense",)
 
     @model_validator(mode="after")
     def _has_no_settings(self) -> Full:
@@ -38,8 +39,8 @@ class Full(MethodSpec):
     def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def init(self, site: LinearSite, weight: Weight, bias: Tensor | None, rng: torch.Generator) -> Params:
+    def init(self, site: LinearSite, start: Start) -> Params:
         return {}
 
-    def lower(self, site: LinearSite, params: Params, weight: Weight) -> Affine:
+    def lower(self, site: LinearSite, params: Params, weight: Weight, bias: Tensor | None = None) -> Affine:
         return Affine()

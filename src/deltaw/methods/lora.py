@@ -18,8 +18,8 @@ from pydantic import field_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
-from deltaw.core.site import LinearSite
-from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.site import LinearSite, Site
+from deltaw.core.spec import MethodSpec, Params, Start
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, SpecError
 
@@ -115,8 +115,16 @@ class Lora(MethodSpec):
         hit = {_first_key(p, s.name) for p in (self.rank_pattern, self.alpha_pattern) for s in sites}
         return [f"{setting} {key!r}" for key, setting in keys.items() if key not in hit]
 
-    def wants(self, site: LinearSite) -> bool:
-        return self.bias == "all" and site.has_bias
+    @property
+    def trains_biases(self) -> bool:
+        return self.bias != "none"
+
+    @property
+    def trains_norm_biases(self) -> bool:
+        return self.bias == "all"
+
+    def wants(self, site: Site) -> bool:
+        return self.bias == "all" and isinstance(site, LinearSite) and site.has_bias
 
     def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
         r = self.rank_at(site)
@@ -127,24 +135,24 @@ class Lora(MethodSpec):
             parts["bias"] = (site.out_features,)
         return parts
 
-    def init(self, site: LinearSite, weight: Weight, bias: Tensor | None, rng: torch.Generator) -> Params:
+    def init(self, site: LinearSite, start: Start) -> Params:
         """A random and B zero; at an embedding A zero and B normal, since A's columns are looked up."""
         r = self.rank_at(site)
         A = torch.zeros(r, site.in_features)
         B = torch.zeros(site.out_features, r)
         if site.kind == "embedding":
-            B.normal_(generator=rng)
+            B.normal_(generator=start.rng)
         elif self.init_a == "kaiming":
             bound = 1 / math.sqrt(site.in_features)  # kaiming_uniform_ with a = sqrt(5)
-            A.uniform_(-bound, bound, generator=rng)
+            A.uniform_(-bound, bound, generator=start.rng)
         else:
-            A.normal_(std=1 / r, generator=rng)
+            A.normal_(std=1 / r, generator=start.rng)
         params = {"A": A, "B": B}
-        if bias is not None:
-            params["bias"] = bias.detach().float().clone()
+        if start.bias is not None:
+            params["bias"] = start.bias.detach().float().clone()
         return params
 
-    def lower(self, site: LinearSite, params: Params, weight: Weight) -> Affine:
+    def lower(self, site: LinearSite, params: Params, weight: Weight, bias: Tensor | None = None) -> Affine:
         return Affine(
             A=params.get("A"),
             B=params.get("B"),

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.affine import Affine
-from deltaw.core.site import LinearSite
-from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.bottleneck import Bottleneck
+from deltaw.core.site import BlockSite, LinearSite
+from deltaw.core.spec import Form, MethodSpec, Params
 from deltaw.core.weight import Weight
 from deltaw.ops.affine import apply, apply_columns, delta
+from deltaw.ops.bottleneck import bottleneck_delta
 
 
 @dataclass
@@ -32,11 +34,18 @@ class Rows:
 
 @dataclass
 class Slot:
-    """What one adapter holds at one host."""
+    """What one adapter holds at one host.
+
+    params  its parameters there and the shared ones; empty where it has rows only, or only listens
+    site    the place they belong to: the host's own map, or the half of a block that ends with it
+    heard   the block's half for which it keeps the host's input, or None
+    """
 
     spec: MethodSpec
     params: Params
+    site: LinearSite | BlockSite
     rows: Rows | None = None
+    heard: str | None = None
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Run:
     use: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
     pack: tuple[tuple[int, int, int], ...] | None = None
+    heard: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Host(nn.Module):
@@ -82,27 +92,42 @@ class Host(nn.Module):
         """Whether `original` computes with replaced tensors now: the frozen weight is then not the one to change."""
         return hasattr(self.original, "is_used") and bool(self.original.is_used())
 
-    def _affine(self, slot: Slot) -> Affine:
-        return slot.spec.lower(self.site, slot.params, self.frozen)
+    def _form(self, slot: Slot) -> Form:
+        return slot.spec.lower(slot.site, slot.params, self.frozen, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] (plus the new columns where an adapter adds vocabulary to a head)."""
         used = self.in_use()
-        changed = [(slot, w) for slot, w in used if slot.params]
-        if not changed:
-            y = self.original(x)
-        elif len(changed) == 1 and changed[0][1] == 1.0 and not self._base_is_swapped():
-            y = self._apply(changed[0][0], x)
+        for slot, _ in used:
+            if slot.heard is not None:
+                self.run.heard[slot.heard] = x
+        changed = [(self._form(slot), w) for slot, w in used if slot.params]
+        if len(changed) == 1 and changed[0][1] == 1.0 and not self._base_is_swapped():
+            y = self._changed(changed[0][0], x)
         else:
-            base = self.original(x)
-            y = base
-            for slot, w in changed:
-                affine = self._affine(slot)
-                y = y + w * delta(affine, x, self.frozen, base, self.bias, self._dropped(affine, x))
+            y = base = self.original(x)
+            for form, w in changed:
+                y = y + w * self._delta(form, x, base)
+        if changed:
+            self.run.heard.pop(self.site.name, None)
         for slot, _ in used:
             if slot.rows is not None:
                 y = _with_columns(y, slot.rows.ids, self._columns(slot, slot.rows, x))
         return y
+
+    def _changed(self, form: Form, x: Tensor) -> Tensor:
+        """The output with one change."""
+        if isinstance(form, Affine):
+            return apply(form, x, self.frozen, self.bias, self._dropped(form, x))
+        y = self.original(x)
+        return y + self._delta(form, x, y)
+
+    def _delta(self, form: Form, x: Tensor, base: Tensor) -> Tensor:
+        """What a change adds to the base's output."""
+        if isinstance(form, Affine):
+            return delta(form, x, self.frozen, base, self.bias, self._dropped(form, x))
+        assert isinstance(form, Bottleneck)
+        return bottleneck_delta(form, base, self.run.heard[self.site.name] if form.parallel else base)
 
     def _columns(self, slot: Slot, rows: Rows, x: Tensor) -> Tensor:
         """Logits of the swapped or added rows: [..., n]. A row that the base has keeps its bias."""
@@ -112,10 +137,6 @@ class Host(nn.Module):
             return y
         known = rows.ids < bias.shape[0]
         return y + torch.where(known, bias[rows.ids.clamp(max=bias.shape[0] - 1)], 0.0).to(y.dtype)
-
-    def _apply(self, slot: Slot, x: Tensor) -> Tensor:
-        affine = self._affine(slot)
-        return apply(affine, x, self.frozen, self.bias, self._dropped(affine, x))
 
     def _dropped(self, affine: Affine, x: Tensor) -> Tensor | None:
         """x after dropout; None where there is none."""
@@ -155,7 +176,9 @@ class EmbeddingHost(Host):
         for slot, w in used:
             if slot.params:
                 base = self.frozen.columns(known) if base is None else base
-                d = apply_columns(self._affine(slot), known, self.frozen) - base
+                form = self._form(slot)
+                assert isinstance(form, Affine)
+                d = apply_columns(form, known, self.frozen) - base
                 y = y + w * (d if gain is None else d * gain.to(y.dtype))
         for slot, _ in used:
             if slot.rows is not None:

@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.bottleneck import Bottleneck
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.site import LinearSite
+from deltaw.core.site import BlockSite, LinearSite, VirtualSite
 from deltaw.core.spec import MethodSpec
 from deltaw.core.weight import Weight
 from deltaw.data.pack import Batch
 from deltaw.errors import AdapterError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
-from deltaw.model.attachment import Attachment, Places, fresh, strict
+from deltaw.model.attachment import Attachment, Beside, fresh
 from deltaw.model.attention import Documents, DocumentsLost, cannot_pack, packed_attention, packs
 from deltaw.model.frozen import FrozenLinear
 from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
 from deltaw.model.identity import compare
 from deltaw.model.load import refuse_unsupported
+from deltaw.model.places import Places
 from deltaw.model.sites import find_sites
+from deltaw.model.strict import strict
 from deltaw.model.swap import Swapped
 from deltaw.model.vocabulary import add_rows, with_tokens
 from deltaw.store.peft import read_adapter
@@ -62,12 +65,9 @@ class Model:
         self._own_tokenizer = tokenizer
         modules = dict(net.named_modules())
         sites = find_sites(net)
-        self.places = Places(
-            sites=sites,
-            weights={n: _weight(modules[n], s) for n, s in sites.items()},
-            biases={n: getattr(modules[n], "bias", None) for n in sites},
-            modules=modules,
-        )
+        weights = {n: _weight(modules[n], s) for n, s in sites.items()}
+        biases = {n: getattr(modules[n], "bias", None) for n in sites}
+        self.places = Places.of(net, sites, weights, biases, modules)
         self._base_tensors = dict(net.named_parameters(remove_duplicate=False))
         self._hosts: dict[str, Host] = {}
         self._swaps: dict[str, Swapped] = {}
@@ -103,6 +103,7 @@ class Model:
         if any(a.spec.trains_base for a in self.adapters.values()):
             raise AdapterError("This model trains its own weights (method 'full'): nothing can be attached to it.")
         if isinstance(what, MethodSpec):
+            self._refuse_format(what)
             made = self._fresh(what, seed)
         else:
             adapter = what if isinstance(what, Adapter) else read_adapter(Path(what))
@@ -114,16 +115,18 @@ class Model:
             self._refuse_fused(made)
             if made.spec.new_tokens:
                 self._take_tokens(made.spec.new_tokens, made)
-            for tensor in made.parameters().values():
+            for tensor in made.tensors().values():
                 if trainable:
                     tensor.data = tensor.data.float()  # training is in float32 whatever the file held
+            for tensor in made.parameters().values():
                 tensor.requires_grad_(trainable)
         self._install(name, made)
         self.use(name)
         return name
 
     def _fresh(self, spec: MethodSpec, seed: int) -> Attachment:
-        made = fresh(spec, self.places, torch.Generator().manual_seed(seed))
+        made = fresh(spec, self.places, torch.Generator().manual_seed(seed), Beside(encode=self._encode))
+        made.overrides = spec.overrides(self.net.config)
         made.fingerprint = self.fingerprint
         if self.folder is not None:
             made.provenance["base_model_name_or_path"] = str(self.folder.resolve())  # where PEFT finds it
@@ -131,12 +134,25 @@ class Model:
         if spec.trains_base:
             if self.adapters:
                 raise AdapterError("Method 'full' trains the base itself: detach the other adapters first.")
-            if any(isinstance(m, FrozenLinear) for m in self.places.modules.values()):
-                raise AdapterError("Method 'full' trains the base itself; a quantised one is only read: use dense.")
             self.net.requires_grad_(True)
         elif spec.new_tokens:
             made.rows |= add_rows(self._take_tokens(spec.new_tokens), self.net, self._base_tensors, self.places)
         return made
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise SpecError("Starting from a text needs a tokenizer; this model has none.")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _refuse_format(self, spec: MethodSpec) -> None:
+        known = type(spec).formats
+        found = {m.frozen.name for m in self.places.modules.values() if isinstance(m, FrozenLinear)} or {"dense"}
+        if known is not None and (wrong := sorted(found - set(known))):
+            why = "trains the base itself" if spec.trains_base else "does not work"
+            raise AdapterError(
+                f"Method {spec.name!r} {why}: a base in {wrong[0]} is only read. Load it as {' or '.join(known)}."
+            )
 
     def _refuse_fused(self, made: Attachment) -> None:
         attention = {
@@ -149,7 +165,9 @@ class Model:
             "dense",
             "out_proj",
         }
-        only = bool(made.sites) and all(self.places.sites[s].role in attention for s in made.sites)
+        only = bool(made.sites) and all(
+            isinstance(s, VirtualSite) or s.name.rpartition(".")[2] in attention for s in made.places.values()
+        )
         refuse_unsupported(self.net, attention_only=only)
 
     def _take_tokens(self, tokens: tuple[str, ...], saved: Attachment | None = None) -> list[int]:
@@ -244,19 +262,31 @@ class Model:
 
     def _install(self, name: str, made: Attachment) -> None:
         self.adapters[name] = made
-        for site, params in made.sites.items():
-            self._host(site).slots[name] = Slot(made.spec, params)
+        for site_name in made.sites:
+            site = made.places[site_name]
+            if isinstance(site, VirtualSite):
+                continue
+            self._host(site.name).slots[name] = Slot(made.spec, made.at(site.name), site)
+            if isinstance(site, BlockSite):
+                self._listen(name, site, made)
         for tensor, value in made.swaps.items():
             owner, _, key = tensor.rpartition(".")
             self._swapped(owner).values.setdefault(name, {})[key] = value
         self._install_rows(name, made)
+
+    def _listen(self, name: str, site: BlockSite, made: Attachment) -> None:
+        """Keep the input of a block's half where the bottleneck behind it reads that."""
+        form = made.lowered(site.name, self.places)
+        if isinstance(form, Bottleneck) and form.parallel:
+            entry = self.places.sites[site.entry]
+            self._host(site.entry).slots[name] = Slot(made.spec, {}, entry, heard=site.name)
 
     def _install_rows(self, name: str, made: Attachment) -> None:
         for tensor, (ids, value) in made.rows.items():
             owners = [n for n, t in self._base_tensors.items() if t is self._base_tensors[tensor]]
             for owner in {tensor, *(o for o in owners if o not in made.rows)}:
                 site = owner.rpartition(".")[0]
-                slot = self._host(site).slots.setdefault(name, Slot(made.spec, {}))
+                slot = self._host(site).slots.setdefault(name, Slot(made.spec, {}, self.places.sites[site]))
                 slot.rows = Rows(ids, value)
 
     def _host(self, site_name: str) -> Host:
@@ -300,7 +330,7 @@ class Model:
 
     def adapter(self, name: str | None = None, **provenance: Any) -> Adapter:
         """A finished, immutable copy of an attached adapter (the one in use by default)."""
-        return self.adapters[self._one_name(name)].to_adapter(self.places.sites, provenance)
+        return self.adapters[self._one_name(name)].to_adapter(provenance)
 
     # Computing -------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import BaseError, SpecError
-from deltaw.model.attachment import Places
+from deltaw.model.places import Places
 
 
 def with_tokens(tokenizer: Any, tokens: tuple[str, ...]) -> tuple[Any, list[int]]:

@@ -41,6 +41,7 @@ class Counts:
 
     parameters   of the base;  trainable: of them or of the adapter
     gradients    bytes of all gradients together
+    stored       bytes of the tensors of the saved adapter, float32
     """
 
     parameters: int
@@ -49,14 +50,18 @@ class Counts:
     constants: int
     adapter: int
     gradients: int
+    stored: int = 0
     optimizer: int = 0
 
 
-def count(net: nn.Module, trainable: dict[str, Tensor]) -> Counts:
-    """What a base and the tensors that train take. `net` is the base's own network on the meta device."""
+def count(net: nn.Module, trainable: dict[str, Tensor], held: dict[str, Tensor], stored: int) -> Counts:
+    """What a base and an adapter take. `net` is the base's own network on the meta device.
+
+    trainable  what trains;  held: every tensor of the adapter;  stored: numbers of the adapter as it is saved
+    """
     frozen = frozen_weights(net).values()
     codes = sum(w.codes.nbytes for w in frozen)
-    held = {t.untyped_storage()._cdata for w in frozen for t in w.buffers()}
+    quantised = {t.untyped_storage()._cdata for w in frozen for t in w.buffers()}
     dense = {t.untyped_storage()._cdata: t for t in (*net.parameters(), *net.buffers())}
     own = {p.untyped_storage()._cdata: p for p in net.parameters()}
     trains = sum(t.numel() for t in trainable.values())
@@ -65,9 +70,10 @@ def count(net: nn.Module, trainable: dict[str, Tensor]) -> Counts:
     return Counts(
         parameters=sum(p.numel() for p in own.values()) + sum(w.in_features * w.out_features for w in frozen),
         trainable=trains,
-        weights=sum(t.nbytes for key, t in dense.items() if key not in held) + codes,
+        weights=sum(t.nbytes for key, t in dense.items() if key not in quantised) + codes,
         constants=sum(w.nbytes() for w in frozen) - codes,
-        adapter=0 if of_base else size,
+        adapter=0 if of_base else sum(t.numel() * t.element_size() for t in held.values()),
+        stored=4 * stored,
         gradients=size,
     )
 

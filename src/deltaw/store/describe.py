@@ -29,6 +29,8 @@ def describe_adapter(path: str | Path) -> dict[str, Any]:
         "size_mb": round(sum(files.values()) / 1e6, 3),
         "n_places": len(adapter.places),
         "places": _by_role(adapter),
+        "shared": {name: list(tensor.shape) for name, tensor in adapter.shared.items()},
+        "overrides": adapter.overrides,
         "replaced": [
             {
                 "tensor": r.tensor,
@@ -78,11 +80,12 @@ def _by_role(adapter: Adapter) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for place in adapter.places:
         params = adapter.sites[place.name]
+        is_low_rank = "A" in params and "B" in params
         row = {
             "role": place.role,
             "kind": place.kind,
-            "rank": params["A"].shape[0] if "A" in params else None,
-            "scale": scale_at(place) if scale_at is not None and "A" in params else None,
+            "rank": params["A"].shape[0] if is_low_rank else None,
+            "scale": scale_at(place) if scale_at is not None and is_low_rank else None,
             "parameters": {name: list(tensor.shape) for name, tensor in params.items()},
         }
         entry = found.setdefault(json.dumps(row), {**row, "count": 0, "n_parameters": 0})

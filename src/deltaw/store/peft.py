@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from deltaw.core.adapter import Adapter, Replacement
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.site import LinearSite
+from deltaw.core.site import LinearSite, Site, plain_site, site_from
 from deltaw.core.spec import MethodSpec
 from deltaw.core.targets import ALL_LINEAR
 from deltaw.errors import AdapterError, DeltawError, NotFound
@@ -32,6 +31,7 @@ PREFIX = "base_model.model."
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
 _OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
+_FOREIGN = (".lora_", ".ia3_", ".vera_", ".adapter_down", ".adapter_up")  # names that only a method's tensors have
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -60,7 +60,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
         "id": adapter.id,
         "spec": adapter.spec.model_dump(mode="json"),
         "fingerprint": None if adapter.fingerprint is None else adapter.fingerprint.model_dump(),
-        "places": [asdict(p) for p in adapter.places],
+        "places": [plain_site(p) for p in adapter.places],
+        **({"overrides": adapter.overrides} if adapter.overrides else {}),
         "provenance": adapter.provenance,
     }
     with whole_folder(folder) as aside:
@@ -75,21 +76,29 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names."""
-    kinds = {p.name: "embedding" if p.kind == "embedding" else "linear" for p in adapter.places}
+    kinds = {p.name: _where(p) for p in adapter.places}
     names = {(param, kind): key for key, (param, kind) in type(adapter.spec).peft_params().items()}
     out: dict[str, Tensor] = {}
     for site, params in adapter.sites.items():
         for param, tensor in params.items():
-            if param == "bias":
+            if kinds[site] == "virtual":
+                out[names[param, "virtual"]] = tensor
+            elif param == "bias":
                 out[f"{PREFIX}{site}.{'bias' if len(params) == 1 else 'base_layer.bias'}"] = tensor
             else:
                 out[f"{PREFIX}{site}.{names[param, kinds[site]]}"] = tensor
+    out |= {names[param, "shared"]: tensor for param, tensor in adapter.shared.items()}
     for r in adapter.replaced:
         if r.rows is None:
             out[PREFIX + r.tensor] = r.value
         else:
             out[PREFIX + r.tensor.removesuffix(".weight") + _TOKENS] = r.value
     return out
+
+
+def _where(site: Site) -> str:
+    """Which names of `peft_params` belong to a place."""
+    return {"conv1d": "linear", "input": "virtual", "cache": "virtual"}.get(site.kind, site.kind)
 
 
 def to_peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -112,18 +121,18 @@ def to_peft_config(adapter: Adapter) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": _target_modules(spec, targeted),
+        **({"target_modules": _target_modules(spec, targeted)} if spec.sits == "linear" else {}),
         "modules_to_save": list(spec.save_modules) or None,
         **({"trainable_token_indices": tokens} if tokens else {}),
         **spec.to_peft(targeted),
     }
 
 
-def _target_modules(spec: MethodSpec, targeted: list[LinearSite]) -> list[str] | str:
+def _target_modules(spec: MethodSpec, targeted: list[Site]) -> list[str] | str:
     """Short names where they say the same, else whole paths."""
     if spec.exclude is None and spec.layers is None:
         if isinstance(spec.targets, str) and spec.targets.lower() != ALL_LINEAR:
-            return spec.targets
+            return spec.targets if spec.choose([]) is None else sorted(p.name for p in targeted)
         return sorted({p.role for p in targeted}) if isinstance(spec.targets, str) else sorted(spec.targets)
     return sorted(p.name for p in targeted)
 
@@ -158,19 +167,21 @@ def read_adapter(path: str | Path) -> Adapter:
     ours = _json(folder / OURS) if (folder / OURS).is_file() else None
     try:
         spec = _spec(config, ours)
-        known = {p["name"]: LinearSite(**p) for p in ours["places"]} if ours else {}
+        known = {p["name"]: site_from(p) for p in ours["places"]} if ours else {}
         print_ = ours.get("fingerprint") if ours else None
         fingerprint = BaseFingerprint(**print_) if print_ else None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DeltawError):
             raise
         raise AdapterError(f"{folder / OURS} is not what deltaw writes: {error}") from None
-    sites, places, replaced = _understood(tensors, config, spec, known)
+    sites, shared, places, replaced = _understood(tensors, config, spec, known)
     adapter = Adapter(
         spec=spec,
         sites=sites,
         places=tuple(places[s] for s in sites),
+        shared=shared,
         replaced=tuple(replaced),
+        overrides=ours.get("overrides", {}) if ours else {},
         fingerprint=fingerprint,
         provenance=ours.get("provenance", {}) if ours else {"base": config.get("base_model_name_or_path")},
     )
@@ -216,12 +227,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _spec(config: dict[str, Any], ours: dict[str, Any] | None) -> MethodSpec:
-    by_type = {m.peft_type: m for m in METHODS if m.peft_type}
-    kind = config.get("peft_type")
-    if kind not in by_type:
-        raise AdapterError(f"{CONFIG} says peft_type={kind!r}; known here: {', '.join(sorted(map(str, by_type)))}.")
+    method = next((m for m in METHODS if m.reads_peft(config)), None)
+    if method is None:
+        known = sorted({m.peft_type for m in METHODS if m.peft_type})
+        raise AdapterError(f"{CONFIG} says peft_type={config.get('peft_type')!r}; known here: {', '.join(known)}.")
     if ours is None:
-        return by_type[kind].from_peft(config)
+        return method.from_peft(config)
     spec = spec_from(ours["spec"])
     wanted = spec.to_peft([])
     wanted.pop("fan_in_fan_out", None)
@@ -240,42 +251,51 @@ def _agree(config: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _understood(
-    tensors: dict[str, Tensor], config: dict[str, Any], spec: MethodSpec, known: dict[str, LinearSite]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, LinearSite], list[Replacement]]:
-    """Each tensor as a parameter at a site or a replacement; AdapterError lists what is neither."""
+    tensors: dict[str, Tensor], config: dict[str, Any], spec: MethodSpec, known: dict[str, Site]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Site], list[Replacement]]:
+    """Each tensor as a parameter at a site, a shared one or a replacement; AdapterError lists what is neither."""
     sites: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     replaced: list[Replacement] = []
     unknown: list[str] = []
-    suffixes = type(spec).peft_params()
+    names = type(spec).peft_params()
+    whole = {key: found for key, found in names.items() if found[1] in ("shared", "virtual")}
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
-        hit = next((s for s in suffixes if path.endswith("." + s)), None)
-        if not key.startswith(PREFIX):
+        hit = next((s for s in names if s not in whole and path.endswith("." + s)), None)
+        if key in whole:
+            param, kind = whole[key]
+            site = {"input": "prompt", "cache": "prefix"}.get(type(spec).sits, "")
+            (shared if kind == "shared" else sites.setdefault(site, {}))[param] = tensor
+            kinds[site] = kind
+        elif not key.startswith(PREFIX):
             unknown.append(key)
         elif hit is not None:
             site = path.removesuffix("." + hit)
-            param, kinds[site] = suffixes[hit]
+            param, kinds[site] = names[hit]
             sites.setdefault(site, {})[param] = tensor
-        elif path.endswith(".base_layer.bias") and getattr(spec, "bias", "none") != "none":
+        elif path.endswith(".base_layer.bias") and spec.trains_biases:
             sites.setdefault(path.removesuffix(".base_layer.bias"), {})["bias"] = tensor
         elif path.endswith(_TOKENS):
             module = path.removesuffix(_TOKENS)
             replaced.append(Replacement(module + ".weight", tensor, _token_rows(config, module)))
         elif path.endswith(".bias") and path.removesuffix(".bias") in known:
             sites.setdefault(path.removesuffix(".bias"), {})["bias"] = tensor
-        elif ".lora_" in path or ".ia3_" in path:
+        elif any(mark in path for mark in _FOREIGN):
             unknown.append(key)
         else:
             replaced.append(Replacement(path.replace(".base_layer.", "."), tensor))
     if unknown:
         shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
         raise AdapterError(f"{TENSORS} holds tensors that method {spec.name!r} does not have: {shown}.")
-    places = {s: known.get(s) or _place(s, params, kinds.get(s, "linear")) for s, params in sites.items()}
-    return sites, places, replaced
+    places = {s: known.get(s) or _place(type(spec), s, params, kinds.get(s, "linear")) for s, params in sites.items()}
+    return sites, shared, places, replaced
 
 
-def _place(name: str, params: dict[str, Tensor], kind: str) -> LinearSite:
+def _place(method: type[MethodSpec], name: str, params: dict[str, Tensor], kind: str) -> Site:
+    if (site := method.peft_site(name, params)) is not None:
+        return site
     n_in = params["A"].shape[-1] if "A" in params else 0
     n_out = params["B"].shape[0] if "B" in params else params["bias"].shape[0] if "bias" in params else 0
     return LinearSite(name, n_in, n_out, "embedding" if kind == "embedding" else "linear", "bias" in params)

@@ -22,7 +22,7 @@ def make_optimizer(parameters: dict[str, Tensor], spec: TrainSpec, folder: Path 
     Raises RecipeError for a budget of resident bytes that is too small, WorkFailed where the disk is full.
     """
     o = spec.optimizer
-    shared = {"lr": spec.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+    shared = {"lr": spec.lr or 0.0, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
     slow = {n: t for n, t in parameters.items() if not n.endswith(":B")}
     fast = {n: t for n, t in parameters.items() if n.endswith(":B")}
     groups = [
@@ -40,6 +40,7 @@ def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
 
     Warm-up is linear over warmup_ratio * n_steps steps and reaches `lr` at its last; then the schedule.
     """
+    assert spec.lr is not None  # a recipe fills it in
     warm = math.ceil(round(spec.warmup_ratio * n_steps, 9))  # 0.07 * 100 is a little more than 7
     if step < warm:
         return spec.lr * (step + 1) / warm

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw.core.checkpoint_files import checkpoint_files
+from deltaw.core.spec import Made
 from deltaw.data.pack import split_micro
 from deltaw.data.template import Example
 from deltaw.errors import BaseError, RecipeError
@@ -108,7 +109,7 @@ class Planner:
             longest = max(n for n, _ in self.work.step)
             if limit is not None and longest > limit:
                 raise BaseError(f"rows of {longest} tokens, and this base has {limit} positions: use {limit} or fewer.")
-            self._models[base] = model, count(model.net, model.trainable())
+            self._models[base] = model, count(model.net, model.trainable(), *held_and_stored(model))
         return self._models[base]
 
     def micro_batches(self, train: TrainSpec) -> list[list[tuple[int, int]]]:
@@ -197,6 +198,18 @@ class _Hashed(dict[str, Any]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return 0
+
+
+def held_and_stored(model: Model) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a planned adapter, and how many numbers its file would hold."""
+    held = {k: t for made in model.adapters.values() for k, t in made.tensors().items()}
+    made = next(iter(model.adapters.values()))
+    if made.spec.trains_base:
+        return held, sum(p.numel() for p in model.net.parameters())
+    settled = made.spec.settled(Made(made.spec, made.sites, made.shared), made.places)
+    kept = [t for params in settled.sites.values() for t in params.values()] + list(settled.shared.values())
+    kept += [*made.swaps.values(), *(value for _, value in made.rows.values())]
+    return held, sum(t.numel() for t in kept)
 
 
 def _examples(documents: Documents) -> list[Example]:

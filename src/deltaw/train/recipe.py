@@ -82,6 +82,7 @@ class TrainSpec(BaseModel):
     epochs or steps   length of the run (steps wins); an epoch is every row once
     tokens_per_step   tokens of one optimizer step; documents are packed up to it, none is split
     micro_tokens      tokens computed at a time (bounds memory, does not change the result); None: all at once
+    lr                highest learning rate; None: what suits the method (docs/methods)
     schedule          of the learning rate after warm-up: cosine or linear to `final_lr_ratio`, or constant
     clip              largest norm of the whole gradient; 0 switches it off
     checkpointing     recompute activations in the backward instead of keeping them
@@ -94,7 +95,7 @@ class TrainSpec(BaseModel):
     steps: int | None = None
     tokens_per_step: int = 2048
     micro_tokens: int | None = None
-    lr: float = 5e-4
+    lr: float | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     final_lr_ratio: float = 0.0
@@ -215,6 +216,13 @@ class Recipe(BaseModel):
     @classmethod
     def _settings_become_a_spec(cls, value: Any) -> Any:
         return spec_from(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _learning_rate_suits_the_method(self) -> Recipe:
+        if self.train.lr is None:
+            train = self.train.model_copy(update={"lr": type(self.adapter).lr})
+            object.__setattr__(self, "train", train)
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain data; `load_recipe` reads it back to an equal recipe."""

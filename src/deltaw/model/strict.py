@@ -1,0 +1,151 @@
+"""A finished adapter matched with a model, strictly: every tensor consumed, every expected one present."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Adapter
+from deltaw.core.affine import Affine, check
+from deltaw.core.bottleneck import Bottleneck, check_bottleneck
+from deltaw.core.prefix import Prefix, check_prefix
+from deltaw.core.site import BlockSite, LinearSite, Site, VirtualSite
+from deltaw.core.spec import Form, MethodSpec, Params
+from deltaw.core.targets import matches, select
+from deltaw.errors import AdapterError, ShapeError, TargetError, near
+from deltaw.model.attachment import Attachment
+from deltaw.model.places import Places
+from deltaw.model.replaced import owners, swapped
+
+
+def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor]) -> Attachment:
+    """An adapter's tensors matched with the model, each one consumed and each expected one present.
+
+    Raises AdapterError that lists unknown places, missing parameters and wrong shapes.
+    """
+    spec = adapter.spec if adapter.fingerprint is not None else _as_peft_meant(adapter, places)
+    problems: list[str] = []
+    attachment = Attachment(
+        spec,
+        overrides=dict(adapter.overrides),
+        fingerprint=adapter.fingerprint,
+        provenance=dict(adapter.provenance),
+    )
+    try:
+        targeted = set(places.chosen(spec))
+        swaps, owned = swapped(spec, places), owners(spec, places)
+    except TargetError as error:
+        targeted = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
+        swaps, owned = {}, set()
+        problems.append(str(error).rstrip("."))
+    attachment.shared = {p: t.detach().clone() for p, t in adapter.shared.items()}
+    for name, params in adapter.sites.items():
+        if (site := places.find(spec, name)) is not None:
+            attachment.places[name] = site
+            attachment.sites[name] = {p: t.detach().clone() for p, t in params.items()}
+    problems += _misfit_shared(attachment)
+    unknown = [name for name in adapter.sites if name not in attachment.sites]
+    if unknown:
+        problems.append(f"no such place in this model: {_some(unknown)}.{near(unknown[0], sorted(places.sites))}")
+    for name in attachment.sites:
+        problems += _misfit(attachment, places, name, name in targeted)
+    if absent := [name for name in targeted if name not in adapter.sites]:
+        problems.append(f"no tensors for {_some(absent)}, which its settings target")
+    given = {r.tensor for r in adapter.replaced}
+    biases = [
+        f"{name}.bias"
+        for name, site in places.sites.items()
+        if spec.wants(site) and name not in targeted | owned and name not in adapter.sites
+    ]
+    if absent := [tensor for tensor in (*swaps, *biases) if tensor not in given]:
+        problems.append(f"no tensors for {_some(absent)}, which its settings replace")
+    for r in adapter.replaced:
+        base = base_tensors.get(r.tensor)
+        if not bool(torch.isfinite(r.value).all()):
+            problems.append(f"{r.tensor} holds NaN or Inf")
+        if base is None:
+            problems.append(f"it replaces {r.tensor}, which this model does not have")
+        elif r.rows is not None:
+            if r.value.shape != (len(r.rows), base.shape[1]):
+                problems.append(f"rows of {r.tensor} have shape {tuple(r.value.shape)}, need {base.shape[1]} columns")
+            attachment.rows[r.tensor] = (torch.tensor(r.rows, dtype=torch.long), r.value.detach().clone())
+        elif r.value.shape != base.shape:
+            problems.append(f"{r.tensor} has shape {tuple(r.value.shape)}, this model's is {tuple(base.shape)}")
+        elif r.tensor in swaps or not torch.equal(r.value.to(base.dtype), base):  # PEFT saves unchanged embeddings
+            attachment.swaps[r.tensor] = r.value.detach().clone()
+    if problems:
+        raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")
+    return attachment
+
+
+def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
+    """A foreign adapter's settings where PEFT reads them differently from us.
+
+    PEFT saves lists with names that match nothing (its #1959), and layers_to_transform that it ignored because the
+    targets were whole paths. No tensor can be missed by this: each must still find its place.
+    """
+    spec = adapter.spec
+    if spec.sits != "linear":
+        return spec
+    if not isinstance(spec.targets, str):
+        there = tuple(t for t in spec.targets if any(matches((t,), name) for name in places.sites))
+        spec = spec.model_copy(update={"targets": there}) if there else spec
+    if spec.layers is not None:
+        every = spec.model_copy(update={"layers": None})
+        given = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
+        with suppress(TargetError):  # `strict` raises it with everything else that does not fit
+            if {s.name for s in select(every, list(places.sites.values()))} == given:
+                return every
+    return spec
+
+
+def _misfit_shared(made: Attachment) -> list[str]:
+    wanted = made.spec.shared_shapes(list(made.places.values())) if made.places else {}
+    problems = _wrong("the adapter", wanted, made.shared)
+    return problems if made.places else []
+
+
+def _wrong(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) -> list[str]:
+    """What is missing, left over, misshapen or not finite in `params`."""
+    problems = []
+    if missing := [p for p in wanted if p not in params]:
+        problems.append(f"{where} lacks {', '.join(missing)}")
+    if extra := [p for p in params if p not in wanted]:
+        problems.append(f"{where} has {', '.join(extra)}, which its settings do not ask for")
+    for p, shape in wanted.items():
+        if p in params and tuple(params[p].shape) != tuple(shape):
+            problems.append(f"{where}:{p} has shape {tuple(params[p].shape)}, this model needs {tuple(shape)}")
+    if bad := [p for p, t in params.items() if not bool(torch.isfinite(t).all())]:
+        problems.append(f"{where} holds NaN or Inf in {', '.join(bad)}")
+    return problems
+
+
+def _misfit(made: Attachment, places: Places, name: str, targeted: bool) -> list[str]:
+    site = made.places[name]
+    problems = _wrong(name, made.spec.shapes(site, targeted), made.sites[name])
+    if not problems and not _wrong("", made.spec.shared_shapes(list(made.places.values())), made.shared):
+        try:
+            check_form(made.lowered(name, places), site, places)
+        except ShapeError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_form(form: Form, site: Site, places: Places) -> None:
+    """Raise ShapeError unless a normal form fits its place."""
+    if isinstance(form, Affine) and isinstance(site, LinearSite):
+        check(form, places.weights[site.name], site.name)
+    elif isinstance(form, Bottleneck) and isinstance(site, BlockSite):
+        check_bottleneck(form, site)
+    elif isinstance(form, Prefix) and isinstance(site, VirtualSite):
+        check_prefix(form, site)
+    else:
+        raise ShapeError(f"{site.name}: a {type(form).__name__} does not belong there.")
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

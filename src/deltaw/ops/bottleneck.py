@@ -1,0 +1,22 @@
+"""Apply a Bottleneck (core/bottleneck.py has the formula) behind or beside one half of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.core.bottleneck import Bottleneck
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+def bottleneck_delta(form: Bottleneck, h: Tensor, u: Tensor) -> Tensor:
+    """What the small network adds. h [..., d] is the half's output, u [..., d] its input (used when parallel)."""
+    x = u if form.parallel else h
+    dtype = x.dtype
+    inner = ACTS[form.act](F.linear(x, form.down.to(dtype), form.down_bias.to(dtype)))
+    d = F.linear(inner, form.up.to(dtype), form.up_bias.to(dtype))
+    return d if form.scale == 1.0 else form.scale * d
