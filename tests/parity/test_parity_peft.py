@@ -269,7 +269,6 @@ def test_a_bfloat16_adapter_of_peft_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_dora": True}, "asks for use_dora, which method 'lora' does not have"),
         ({"lora_bias": True}, "asks for lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*changed at initialisation"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
