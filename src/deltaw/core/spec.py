@@ -84,6 +84,7 @@ class MethodSpec(BaseModel):
     trains_base: ClassVar[bool] = False  # the base's own weights train (full fine-tuning)
     formats: ClassVar[tuple[str, ...] | None] = None  # of the base's linear maps; None: all
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters, own or shared, that never train
+    detaches: ClassVar[bool] = False  # `lower` takes a part of its parameters as constant
     peft_type: ClassVar[str | None] = None
 
     def __init__(self, **settings: Any) -> None:
@@ -179,6 +180,11 @@ class MethodSpec(BaseModel):
     def trains_norm_biases(self) -> bool:
         """Whether biases that belong to no linear map, those of norms, train and are saved whole."""
         return False
+
+    @property
+    def shared_is_saved(self) -> bool:
+        """Whether shared parameters are in the file; if not, `init_shared` makes them again from the settings."""
+        return True
 
     @property
     def calibrates(self) -> int:

@@ -46,6 +46,8 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
         if (site := places.find(spec, name)) is not None:
             attachment.places[name] = site
             attachment.sites[name] = {p: t.detach().clone() for p, t in params.items()}
+    if not spec.shared_is_saved and attachment.places:
+        attachment.shared = spec.init_shared(list(attachment.places.values()), torch.Generator().manual_seed(0))
     problems += _misfit_shared(attachment)
     unknown = [name for name in adapter.sites if name not in attachment.sites]
     if unknown:
