@@ -65,5 +65,7 @@ def randomise(model: Model, seed: int = 1, size: float = 0.3) -> None:
     rng = torch.Generator().manual_seed(seed)
     made = model.adapters[next(iter(model.run.use))]
     with torch.no_grad():
-        for value in made.tensors().values():
+        for name, value in made.tensors().items():
+            if name.startswith("shared:") and not made.spec.shared_is_saved:
+                continue  # a function of the settings
             value += size * torch.randn(value.shape, generator=rng).to(value.dtype)
