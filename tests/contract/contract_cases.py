@@ -16,6 +16,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"rank": 3, "alpha": 5},
         {"rank": 3, "alpha": 5, "rslora": True, "bias": "all", "rank_pattern": {"q_proj": 2, "c_attn": 2}},
     ],
+    "vera": [{"rank": 7}, {"rank": 5, "save_projection": False, "projection_seed": 3}],
 }
 TRAINS_BASE = {"full"}  # no adapter: nothing to save, merge or detach
 

@@ -8,9 +8,11 @@ from deltaw.core.spec import MethodSpec
 from deltaw.errors import SpecError, near
 from deltaw.methods.full import Full as Full
 from deltaw.methods.lora import Lora as Lora
+from deltaw.methods.vera import Vera as Vera
 
 METHODS: tuple[type[MethodSpec], ...] = (
     Lora,
+    Vera,
     Full,
 )
 
