@@ -14,10 +14,28 @@ from deltaw.model.model import Model
 CASES: dict[str, list[dict[str, Any]]] = {
     "lora": [
         {"rank": 3, "alpha": 5},
+        {"rank": 3, "alpha": 5, "start": "pissa"},
+        {"rank": 3, "alpha": 5, "start": "olora"},
         {"rank": 3, "alpha": 5, "rslora": True, "bias": "all", "rank_pattern": {"q_proj": 2, "c_attn": 2}},
     ],
+    "dora": [
+        {"rank": 3, "alpha": 5},
+        {"rank": 3, "alpha": 5, "rslora": True, "bias": "all", "rank_pattern": {"q_proj": 2, "c_attn": 2}},
+    ],
+    "longlora": [{"rank": 3, "alpha": 5, "max_positions": 128, "group_least": 4, "needs_rope": True}],
     "vera": [{"rank": 7}, {"rank": 5, "save_projection": False, "projection_seed": 3}],
+    "ia3": [{}, {"targets": "all-linear"}],
+    "bitfit": [{"needs_bias": True}, {"add": True}],
+    "houlsby": [
+        {"bottleneck": 5},
+        {"bottleneck": 7, "act": "gelu", "scale": 0.7, "placement": "pfeiffer"},
+        {"bottleneck": 3, "act": "tanh", "scale": 1.5, "placement": "parallel"},
+    ],
+    "prompt": [{"n_tokens": 5}, {"n_tokens": 4, "start": "vocabulary"}],
+    "prefix": [{"n_tokens": 5}, {"n_tokens": 4, "projection": True, "hidden": 7}],
+    "ptuning": [{"n_tokens": 5, "hidden": 9}, {"n_tokens": 4, "encoder": "lstm", "hidden": 3, "depth": 3}],
 }
+NEEDS = ("needs_bias", "needs_rope")  # not settings: on which networks the case makes sense
 TRAINS_BASE = {"full"}  # no adapter: nothing to save, merge or detach
 
 
@@ -53,9 +71,9 @@ def cases() -> list[Case]:
     found = []
     for method in METHODS:
         for settings in CASES.get(method.name, []):
-            wanted = {k: v for k, v in settings.items() if k != "needs_bias"}
+            wanted = {k: v for k, v in settings.items() if k not in NEEDS}
             for kind, changes in NETS:
-                if changes and settings.get("needs_bias"):
+                if (changes and settings.get("needs_bias")) or (kind == "gpt2" and settings.get("needs_rope")):
                     continue
                 found.append(Case(method.name, wanted, kind, changes))
     return found

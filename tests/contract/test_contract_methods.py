@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract_cases import CASES, TRAINS_BASE, Case, cases, randomise
+from contract_cases import CASES, NEEDS, TRAINS_BASE, Case, cases, randomise
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -264,7 +264,7 @@ def test_its_normal_form_is_one_of_the_four_and_batchable_says_so(case):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_it_takes_the_formats_that_it_declares(method, format):
     settings = (CASES.get(method.name) or [{}])[0]
-    spec = Case(method.name, {k: v for k, v in settings.items() if k != "needs_bias"}, "llama").spec
+    spec = Case(method.name, {k: v for k, v in settings.items() if k not in NEEDS}, "llama").spec
     model = Model(quantise_network(make_net("llama"), Format(format, 32, True)))
     if method.formats is not None and format not in method.formats:
         with pytest.raises(AdapterError, match=f"{format} is only read"):

@@ -47,6 +47,9 @@ def test_every_data_file_reads_and_no_test_row_is_trained_on():
         if folder.name == "ppl":  # texts to measure perplexity on
             assert all(row.prompt == "" and row.completion for text in rows.values() for row in text)
             continue
+        if folder.name == "general_mcq":  # questions to measure forgetting on
+            assert all(row.completion in row.choices for part in rows.values() for row in part)
+            continue
         assert set(rows) == {"train", "valid", "test"}, shown(folder)
         seen = {row.prompt for row in rows["train"]} | {row.prompt for row in rows["valid"]}
         assert not [row.where for row in rows["test"] if row.prompt in seen]

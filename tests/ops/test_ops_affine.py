@@ -132,11 +132,35 @@ def test_a_row_that_is_looked_up_twice_gets_both_gradients(weight):
     assert bool(results[0][0][:, 3].any())
 
 
-def test_dropout_reaches_the_low_rank_branch_only():
-    weight, affine = make_weight(), make_affine(("low_rank", "bias"))
+@pytest.mark.parametrize("with_gain", [False, True], ids=["no gain", "gain"])
+def test_dropout_reaches_the_low_rank_branch_only(with_gain):
+    weight = make_weight()
+    affine = make_affine(("low_rank", "bias", "out_gain") if with_gain else ("low_rank", "bias"))
     x, dropped = noise(5, IN, seed=8), noise(5, IN, seed=10)
-    wanted = weight.mul(x) + SCALE * dropped @ affine.A.T @ affine.B.T + affine.bias
+    wanted = weight.mul(x) + SCALE * dropped @ affine.A.T @ affine.B.T
+    wanted = (wanted * affine.out_gain if with_gain else wanted) + affine.bias
     torch.testing.assert_close(apply(affine, x, weight, None, dropped), wanted, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gain_of_one_leaves_the_map_and_its_bias_bit_for_bit(weight, dtype):
+    held = DenseWeight(weight.stored.to(dtype), weight.transposed)
+    x, bias = noise(5, IN, seed=8).to(dtype), 10 * noise(OUT, seed=7).to(dtype)
+    affine = replace(make_affine(("low_rank", "out_gain")), B=torch.zeros(OUT, RANK), out_gain=torch.ones(OUT))
+    assert torch.equal(apply(affine, x, held, bias), held.mul(x, bias))
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_a_gained_low_rank_map_passes_gradcheck(weight, with_bias):
+    parts = ("low_rank", "out_gain", "bias") if with_bias else ("low_rank", "out_gain")
+    affine = make_affine(parts)
+    names = [n for n in ("A", "B", "out_gain", "bias") if getattr(affine, n) is not None]
+    leaves = [noise(3, IN, seed=8).requires_grad_(), *(getattr(affine, n).requires_grad_() for n in names)]
+
+    def op(x: Tensor, *values: Tensor) -> Tensor:
+        return apply(replace(affine, **dict(zip(names, values, strict=True))), x, weight)
+
+    assert torch.autograd.gradcheck(op, leaves)
 
 
 @pytest.mark.parametrize("part", ["A", "B", "out_gain", "in_gain"])

@@ -31,7 +31,9 @@ def plan(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
     learned: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of a row's tokens that are targets.")] = 1.0,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows computed at a time; all by default.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8 (states in 8 bits) or paged.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw8 (states in 8 bits), paged, galore or galore8.")
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute blocks again in the backward.")
     ] = False,
@@ -93,7 +95,13 @@ def _base(name: str, method: str, flags: dict[str, Any], adapter: dict[str, Any]
 
 
 def _optimizer(name: str | None) -> dict[str, Any]:
-    known: dict[str, dict[str, Any]] = {"adamw": {}, "adamw8": {"bits": 8}, "paged": {"paged": True}}
+    known: dict[str, dict[str, Any]] = {
+        "adamw": {},
+        "adamw8": {"bits": 8},
+        "paged": {"paged": True},
+        "galore": {"name": "galore"},
+        "galore8": {"name": "galore", "bits": 8},
+    }
     if name is not None and name not in known:
         raise RecipeError(f"--optimizer is {name!r}; write one of {', '.join(known)}.")
     return {"optimizer": known[name]} if name else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deltaw.core.site import VirtualSite
@@ -30,6 +31,11 @@ class Prefix:
         """How many positions it takes."""
         found = self.inputs if self.inputs is not None else self.keys
         return 0 if found is None else found.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Prefix:
+        """The same vectors in `dtype`, in which the base computes."""
+        parts = ("inputs", "keys", "values")
+        return Prefix(**{p: None if (t := getattr(self, p)) is None else t.to(dtype) for p in parts})
 
 
 def check_prefix(form: Prefix, site: VirtualSite) -> None:

@@ -76,6 +76,7 @@ class VirtualSite:
     width       features of a token embedding
     stacks      sequences that get vectors of their own: 1, or 2 for an encoder and a decoder
     n_layers, n_heads, head_dim  of the cache: layers, key-value heads, features of a head
+    gain        what the base multiplies its token embeddings by (Gemma); vectors stand behind it
     """
 
     name: str
@@ -85,6 +86,7 @@ class VirtualSite:
     n_layers: int = 0
     n_heads: int = 0
     head_dim: int = 0
+    gain: float = 1.0
 
     @property
     def role(self) -> str:
@@ -111,23 +113,35 @@ def plain_site(site: Site) -> dict[str, Any]:
     return asdict(site)
 
 
+EXITS = (
+    "o_proj", "out_proj", "c_proj", "out_lin", "o", "down_proj", "fc2", "fc_out", "lin2", "wo", "w2", "dense",
+    "dense_4h_to_h",
+)  # fmt: skip
+"""What architectures call the last map of a half, whose output goes to the residual sum."""
+
+
 def find_blocks(sites: Iterable[LinearSite]) -> dict[str, BlockSite]:
     """The halves of every block, by name, from the model's linear maps in their order.
 
-    Maps of one block belong to its attention when their path says so ("attn", "attention"), else to its feed-forward.
-    A half counts where its first map takes as many features as its last one gives.
+    Maps of one block belong to an attention when their path says so ("attn", "attention"; self and cross attention
+    are two halves), else to its feed-forward. A half ends at the last map with a name of `EXITS`, else at its last map,
+    and counts where its first map takes as many features as that one gives.
     """
     halves: dict[tuple[str, str], list[LinearSite]] = {}
     for site in sites:
         found = re.match(r"(.*\.\d+)\.(.+)$", site.name)
         if found and site.kind != "embedding":
-            part = "attention" if re.search(r"att", found.group(2), re.IGNORECASE) else "ffn"
-            halves.setdefault((found.group(1), part), []).append(site)
+            attention = re.match(r"(?:[^.]*\.)*?[^.]*att[^.]*", found.group(2), re.IGNORECASE)
+            halves.setdefault((found.group(1), attention.group() if attention else ""), []).append(site)
     made = {}
-    for (_, part), maps in halves.items():
-        first, last = maps[0], maps[-1]
-        if len(maps) > 1 and first.in_features == last.out_features:
-            made[last.name] = BlockSite(last.name, first.name, last.out_features, part)  # type: ignore[arg-type]
+    for (_, attention_path), maps in halves.items():
+        last = next((m for m in reversed(maps) if m.role in EXITS), maps[-1])
+        owner = last.name.rpartition(".")[0]
+        others = [m for m in maps if m is not last]
+        first = next((m for m in others if m.name.rpartition(".")[0] == owner), others[0] if others else last)
+        if first is not last and first.in_features == last.out_features:
+            part: Literal["attention", "ffn"] = "attention" if attention_path else "ffn"
+            made[last.name] = BlockSite(last.name, first.name, last.out_features, part)
     return made
 
 

@@ -47,6 +47,14 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """How a document is cut for sparse attention: groups of `size` tokens, for half of the heads moved by `shift`."""
+
+    size: int
+    shift: int
+
+
+@dataclass(frozen=True)
 class Made:
     """A method's settings and parameters: `sites` by site name, `shared` of the whole model."""
 
@@ -84,8 +92,10 @@ class MethodSpec(BaseModel):
     trains_base: ClassVar[bool] = False  # the base's own weights train (full fine-tuning)
     formats: ClassVar[tuple[str, ...] | None] = None  # of the base's linear maps; None: all
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters, own or shared, that never train
-    detaches: ClassVar[bool] = False  # `lower` takes a part of its parameters as constant
-    peft_type: ClassVar[str | None] = None
+    detaches: ClassVar[bool] = False  # `lower` takes a part of its parameters as constant: see its gradients
+    peft_type: ClassVar[str | None] = None  # in adapter_config.json; None: no adapter is saved
+    peft_prefix: ClassVar[str] = "base_model.model."  # before a module's path in PEFT's tensor names
+    in_peft: ClassVar[bool] = True  # HF PEFT has the method and reads its files
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("method", type(self).name)
@@ -131,7 +141,10 @@ class MethodSpec(BaseModel):
     # What a method defines. `site` is of the kind that `sits` names -----------------------------------
 
     def shapes(self, site: Any, targeted: bool = True) -> dict[str, tuple[int, ...]]:
-        """The parameters at `site`, by name. `targeted` is False at a site that only `wants` keeps."""
+        """The parameters at `site`, by name; none: a linear map is then left out, although it is targeted.
+
+        `targeted` is False at a site that only `wants` keeps.
+        """
         raise NotImplementedError
 
     def init(self, site: Any, start: Start) -> Params:
@@ -195,9 +208,17 @@ class MethodSpec(BaseModel):
         """What is saved: the same change without what only training needs (a prompt's encoder, a frozen start)."""
         return made
 
+    def lower_in_step(self, site: Any, params: Params, rng: torch.Generator) -> Form | None:
+        """In front of the sequence: what `lower` gives in a training step, for dropout from `rng`; None: the same."""
+        return None
+
     def overrides(self, config: Any) -> dict[str, Any]:
         """Settings of the base's config that hold while the adapter is in use, and in a merged model."""
         return {}
+
+    def groups(self, length: int) -> Groups | None:
+        """How attention is cut in training, in a document of `length` tokens; None: it is not."""
+        return None
 
     # How PEFT names the same thing ----------------------------------------------------------------
 
@@ -219,7 +240,8 @@ class MethodSpec(BaseModel):
     def peft_params(cls) -> dict[str, tuple[str, str]]:
         """PEFT's tensor names -> (our parameter, where).
 
-        where  "linear", "embedding", "block": the name follows a module's path; "shared", "virtual": it is whole
+        where  "linear", "embedding", "block", or "any" of these: the name follows a module's path; "shared",
+               "virtual": it is whole
         """
         raise NotImplementedError
 

@@ -34,6 +34,9 @@ class Weight(Protocol):
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as a plain [out, in] tensor of `dtype`; may share memory with W: do not write into it."""
 
+    def row_squares(self) -> Tensor:
+        """The sum of squares of each row of W: [out] float32 (float64 of a float64 matrix). Do not write into it."""
+
     def like(self, dense: Tensor) -> Weight:
         """A new weight of the same format and orientation that holds `dense` [out, in]."""
 

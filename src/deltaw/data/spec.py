@@ -20,6 +20,8 @@ class DataSpec(BaseModel):
                    messages always use the chat template, rows of text never do
     separator      stands between prompt and completion; left out where one of them is empty
     append_end     append the tokenizer's end token to plain documents; in a chat the template ends the turn
+    labels         of an encoder that classifies: a list of them, or a JSON file with one; a completion is one of them.
+                   None: those of the base
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,3 +33,4 @@ class DataSpec(BaseModel):
     template: Literal["plain", "chat"] = "plain"
     separator: str = " "
     append_end: bool = True
+    labels: str | tuple[str, ...] | None = None

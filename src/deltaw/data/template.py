@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from deltaw.data.chat import Message, assistant_spans, render
 from deltaw.data.source import Row
 from deltaw.data.spec import DataSpec
+from deltaw.data.task import CAUSAL, Side, Task, sides, source_side
 from deltaw.data.tokens import tokenize
 from deltaw.errors import DataError
 
@@ -72,23 +73,35 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Document:
-    """A row before anything is cut; `start` is the first token that belongs to what is to be learned."""
+    """A row before anything is cut; `start` is the first token that belongs to what is to be learned.
+
+    sides  what encoder and decoder (or classifier) get, where these are two: each is cut by itself
+    """
 
     ids: list[int]
     is_target: list[bool]
     start: int
+    sides: tuple[Side, Side] | None = None
+
+    @property
+    def length(self) -> int:
+        """What `max_tokens` limits: all tokens, or those of the longer side."""
+        return len(self.ids) if self.sides is None else max(len(side.ids) for side in self.sides)
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> Example | None:
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, task: Task = CAUSAL) -> Example | None:
     """The row as tokens with its targets; None if it is too long and the spec says to skip such rows.
+
+    task   what the base computes. The answer of an encoder-decoder follows the source's tokens; a label is one
+           token behind the text, whose id is the label's number
 
     Raises DataError if the row is too long and the spec says so, the tokenizer lacks an end token or chat
     template that the spec asks for, or the template cannot say which words are the assistant's.
     """
-    return _fit(row, _document(row, tokenizer, spec), spec)
+    return _fit(row, _document(row, tokenizer, spec, task), spec)
 
 
-def encode_all(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> Encoded:
+def encode_all(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, spec: DataSpec, task: Task = CAUSAL) -> Encoded:
     """Every row as tokens.
 
     Raises DataError as `encode` does, and if a row has no target (it names the first) or every row is too
@@ -98,10 +111,10 @@ def encode_all(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, spec: Da
     skipped: list[int] = []
     without: list[str] = []
     for row in rows:
-        document = _document(row, tokenizer, spec)
+        document = _document(row, tokenizer, spec, task)
         example = _fit(row, document, spec)
         if example is None:
-            skipped.append(len(document.ids))
+            skipped.append(document.length)
         elif any(example.is_target):
             examples.append(example)
         else:
@@ -121,19 +134,21 @@ def encode_all(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, spec: Da
     )
 
 
-def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> list[int]:
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, task: Task = CAUSAL) -> list[int]:
     """What generation starts from: the ids of the training example before its first target.
 
-    In a chat that is everything up to and with the words that open the assistant's first turn. Nothing is
-    cut: a prompt without its end would ask something else.
+    In a chat that is everything up to and with the words that open the assistant's first turn; for an encoder
+    what it reads. Nothing is cut: a prompt without its end would ask something else.
 
     Raises DataError as `encode` does, and if no token stands before the answer (a row of text, or an empty
     prompt where the tokenizer puts nothing in front): the answer itself would be given away.
     """
+    if task.kind != "causal":
+        return source_side(row, tokenizer, spec, task).ids
     if row.messages is not None and not any(message["role"] == "assistant" for message in row.messages):
         text = render(row.messages, tokenizer, row.where, open_turn=True)
         return tokenize(text, tokenizer, special=False).ids
-    document = _document(row, tokenizer, spec.model_copy(update={"append_end": False}))
+    document = _document(row, tokenizer, spec.model_copy(update={"append_end": False}), task)
     if row.text is not None or document.start == 0:
         raise DataError(
             f"{row.where}: there is nothing to generate from: "
@@ -143,7 +158,11 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> 
     return document.ids[: document.start]
 
 
-def _document(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> _Document:
+def _document(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, task: Task) -> _Document:
+    if task.kind != "causal":
+        source, learned = sides(row, tokenizer, spec, task)
+        n, m = len(source.ids), len(learned.ids)
+        return _Document([*source.ids, *learned.ids], [False] * n + [True] * m, n, (source, learned))
     if row.messages is not None:
         return _chat(row.messages, row, tokenizer)
     if row.prompt is not None and spec.template == "chat":
@@ -185,7 +204,7 @@ def _chat(messages: list[Message], row: Row, tokenizer: PreTrainedTokenizerBase)
 
 
 def _fit(row: Row, document: _Document, spec: DataSpec) -> Example | None:
-    n, limit = len(document.ids), spec.max_tokens
+    n, limit = document.length, spec.max_tokens
     if n > limit and spec.too_long == "skip":
         return None
     if n > limit and spec.too_long == "error":
@@ -193,12 +212,11 @@ def _fit(row: Row, document: _Document, spec: DataSpec) -> Example | None:
             f"{row.where}: the row has {n} tokens, max_tokens is {limit}.\n"
             f"  Set data.max_tokens={n} or more, or data.too_long=cut or skip."
         )
-    return Example(
-        input_ids=tuple(document.ids[:limit]),
-        is_target=tuple(document.is_target[:limit]),
-        where=row.where,
-        was_cut=n > limit,
-    )
+    ids, is_target = document.ids[:limit], document.is_target[:limit]
+    if document.sides is not None:
+        source, learned = (side.cut(limit) for side in document.sides)
+        ids, is_target = [*source, *learned], [False] * len(source) + [True] * len(learned)
+    return Example(input_ids=tuple(ids), is_target=tuple(is_target), where=row.where, was_cut=n > limit)
 
 
 def _why_none(row: Row, document: _Document, spec: DataSpec) -> str:

@@ -22,6 +22,7 @@ from deltaw.ops.blockwise import (
     quantise,
     quantise_scales,
 )
+from deltaw.ops.norm import row_squares
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes knows too."""
@@ -55,6 +56,7 @@ class BlockwiseWeight(nn.Module):
         self.out_features, self.in_features = blocks.shape
         self.block = blocks.block
         self.dtype = dtype
+        self._squares: Tensor | None = None
         for key, value in (
             ("codes", blocks.codes),
             ("absmax", blocks.scales.absmax),
@@ -148,6 +150,17 @@ class BlockwiseWeight(nn.Module):
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W dequantised, [out, in]."""
         return dequantise(self.blocks, dtype)
+
+    def row_squares(self) -> Tensor:
+        """The sum of squares of each row of W as it computes: [out] float32 (float64 in float64), computed once."""
+        if self._squares is None:
+            self._squares = row_squares(self.dense(self.dtype))
+        return self._squares
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here
+        self._squares = None
+        super()._apply(fn, recurse)
+        return self
 
     def like(self, dense: Tensor) -> Self:
         """`dense` [out, in] in this format, with this one's block size and double quantisation."""

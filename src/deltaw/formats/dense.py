@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deltaw.ops.norm import row_squares
 
 
 class DenseWeight(nn.Module):
@@ -19,6 +23,7 @@ class DenseWeight(nn.Module):
         super().__init__()
         self.register_buffer("stored", stored.detach(), persistent=False)
         self.transposed = transposed
+        self._squares: Tensor | None = None
 
     @staticmethod
     def planned(
@@ -64,6 +69,17 @@ class DenseWeight(nn.Module):
         """W as [out, in] of `dtype`."""
         w = self.stored.T if self.transposed else self.stored
         return w.to(dtype)
+
+    def row_squares(self) -> Tensor:
+        """The sum of squares of each row of W: [out] float32 (float64 of a float64 matrix), computed once."""
+        if self._squares is None:
+            self._squares = row_squares(self.dense(self.dtype))
+        return self._squares
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here
+        self._squares = None
+        super()._apply(fn, recurse)
+        return self
 
     def like(self, dense: Tensor) -> DenseWeight:
         """A new dense weight that holds `dense` [out, in] in this one's dtype and orientation."""

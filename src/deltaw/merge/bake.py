@@ -168,7 +168,14 @@ class _Job:
             dtype = DTYPES[self.dtype] if self.dtype else None
             tally = write_weights(source, changes, aside, dtype, shard_bytes)
             tied = False if tally.untied or source.contradicts_tie else None
-            write_config(self.folder, aside, dtype=self.written_dtype, tied=tied, vocab_size=vocab_size)
+            write_config(
+                self.folder,
+                aside,
+                dtype=self.written_dtype,
+                tied=tied,
+                vocab_size=vocab_size,
+                overrides=adapter.overrides,
+            )
             write_beside(self.folder, aside, grown)
             if self.into == "quantised" and self.how is not None:
                 self.say(f"quantising the merged weights to {self.how}")

@@ -87,8 +87,9 @@ class StoredWeight:
         self.dtype = torch.float32
         self._read, self._transposed = read, transposed
 
-    def _now(self) -> DenseWeight:
-        return DenseWeight(self._read(), self._transposed)
+    def _now(self, dtype: torch.dtype | None = None) -> DenseWeight:
+        found = self._read()
+        return DenseWeight(found if dtype is None else found.to(dtype), self._transposed)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as [out, in] of `dtype`."""
@@ -96,15 +97,19 @@ class StoredWeight:
 
     def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
-        return self._now().mul(x, bias)
+        return self._now(x.dtype).mul(x, bias)
 
     def mul_t(self, g: Tensor) -> Tensor:
         """g W."""
-        return self._now().mul_t(g)
+        return self._now(g.dtype).mul_t(g)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Columns of W named by `ids`."""
         return self._now().columns(ids)
+
+    def row_squares(self) -> Tensor:
+        """The sum of squares of each row of W: [out]."""
+        return self._now().row_squares()
 
     def like(self, dense: Tensor) -> DenseWeight:
         """A dense weight in memory that holds `dense`."""

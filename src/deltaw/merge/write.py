@@ -206,8 +206,19 @@ def _write_loaded(
     return tally
 
 
-def write_config(base: Path, folder: Path, *, dtype: str, tied: bool | None, vocab_size: int | None) -> None:
-    """The base's config.json with what the merge changed; None leaves a value as it is."""
+def write_config(
+    base: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    tied: bool | None,
+    vocab_size: int | None,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """The base's config.json with what the merge changed; None leaves a value as it is.
+
+    overrides  settings that the adapter needs, of the text model's part of the config
+    """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "quantization_config"):
         config.pop(key, None)
@@ -225,6 +236,10 @@ def write_config(base: Path, folder: Path, *, dtype: str, tied: bool | None, voc
         (config if inner is None else inner)["vocab_size"] = vocab_size
         if "vocab_size" in config:
             config["vocab_size"] = vocab_size
+    (config if inner is None else inner).update(overrides or {})
+    if "rope_parameters" in (overrides or {}):  # older files say it in other words, which would contradict
+        for key in ("rope_scaling", "rope_theta"):
+            (config if inner is None else inner).pop(key, None)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -6,13 +6,29 @@ from typing import Any
 
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import SpecError, near
+from deltaw.methods.bitfit import BitFit as BitFit
+from deltaw.methods.dora import Dora as Dora
 from deltaw.methods.full import Full as Full
+from deltaw.methods.houlsby import Houlsby as Houlsby
+from deltaw.methods.ia3 import Ia3 as Ia3
+from deltaw.methods.longlora import LongLora as LongLora
 from deltaw.methods.lora import Lora as Lora
+from deltaw.methods.prefix import PrefixTuning as PrefixTuning
+from deltaw.methods.prompt import Prompt as Prompt
+from deltaw.methods.ptuning import PTuning as PTuning
 from deltaw.methods.vera import Vera as Vera
 
 METHODS: tuple[type[MethodSpec], ...] = (
     Lora,
+    Dora,
+    LongLora,
     Vera,
+    Ia3,
+    BitFit,
+    Houlsby,
+    Prompt,
+    PrefixTuning,
+    PTuning,
     Full,
 )
 

@@ -12,7 +12,7 @@ while a pack is computed; everything else (generation, padded batches) keeps the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+
+from deltaw.core.prefix import Prefix
+from deltaw.errors import AdapterError
 
 NAME = "deltaw_documents"
 _EXPLICIT_UP_TO = 512  # tokens; beyond this torch's blockwise attention needs less memory and is faster
@@ -115,6 +118,12 @@ class _Gather(torch.autograd.Function):
         return g.new_zeros(ctx.size, *g.shape[1:]).index_copy_(0, ctx.saved_tensors[0], g), None
 
 
+def spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """Rows [m, ...] at distinct `places` among `size`, zeros elsewhere; differentiable."""
+    out: Tensor = _Spread.apply(rows, places, size)
+    return out
+
+
 def _padded(rows: Tensor, g: Group) -> Tensor:
     """The group's rows of [T, heads, D] as [n, heads, length, D], zeros behind short documents."""
     own = _Gather.apply(rows, g.put) if g.start is None else rows[g.start : g.start + len(g.put)]
@@ -126,29 +135,68 @@ def _padded(rows: Tensor, g: Group) -> Tensor:
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention with whole score rows. q [n, H, L, D], k and v [n, G, L, D], H a multiple of G.
+    """Causal attention with whole score rows. q [n, H, L, D], k and v [n, G, P + L, D], H a multiple of G.
 
-    window  a token sees itself and the window - 1 tokens before it;  softcap  c * tanh(score / c)
+    The first P keys stand before the first token. window  a token sees itself and the window - 1 positions before it;
+    softcap  c * tanh(score / c)
     """
     n, heads, length, dim = q.shape
-    shared = k.shape[1]
+    shared, total = k.shape[1:3]
+    before = total - length
     qs = q.reshape(n * shared, heads // shared * length, dim)
-    scores = torch.bmm(qs * scale, k.reshape(n * shared, length, dim).transpose(1, 2))
+    scores = torch.bmm(qs * scale, k.reshape(n * shared, total, dim).transpose(1, 2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    hidden = ones.triu_(1) if window is None else ones.triu(1) | ones.tril(-window)
-    scores = scores.view(n * shared, heads // shared, length, length).masked_fill_(hidden, float("-inf"))
-    probs = scores.softmax(-1).view(n * shared, -1, length)
-    return torch.bmm(probs, v.reshape(n * shared, length, v.shape[-1])).view(n, heads, length, -1)
+    ones = torch.ones(length, total, dtype=torch.bool, device=q.device)
+    hidden = ones.triu_(before + 1) if window is None else ones.triu(before + 1) | ones.tril(before - window)
+    scores = scores.view(n * shared, heads // shared, length, total).masked_fill_(hidden, float("-inf"))
+    probs = scores.softmax(-1).view(n * shared, -1, total)
+    return torch.bmm(probs, v.reshape(n * shared, total, v.shape[-1])).view(n, heads, length, -1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    length = q.shape[2]
-    window = None if window is None or window >= length else window
+    length, total = q.shape[2], k.shape[2]
+    window = None if window is None or window >= total else window
     if softcap is not None or window is not None or length <= _EXPLICIT_UP_TO:
         return explicit_attention(q, k, v, scale, window, softcap)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    before = total - length
+    q = F.pad(q, (0, 0, before, 0)) if before else q  # is_causal counts from the first query and the first key
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return y[:, :, before:] if before else y
+
+
+def _attend_group(
+    rows: list[Tensor], g: Group, before: list[Tensor] | None, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The group's outputs [n, H, length, D]; `before`: keys and values [P, heads, D] in front of each document."""
+    q, k, v = (_padded(t, g) for t in rows)
+    if before is not None:
+        k, v = (
+            torch.cat([front.transpose(0, 1).expand(g.n, -1, -1, -1), own], 2)
+            for front, own in zip(before, (k, v), strict=True)
+        )
+    return _attend(q, k, v, scale, window, softcap)
+
+
+def _of_layer(front: Prefix, module: nn.Module, key: Tensor) -> list[Tensor]:
+    """The keys and values [P, heads, D] in front of one layer, whose own are [1, heads, T, D].
+
+    Raises DocumentsLost where the layer has no number, AdapterError where its keys have another shape.
+    """
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or front.keys is None or front.values is None:
+        raise DocumentsLost(f"{type(module).__name__} does not say which layer it is.")
+    refuse_other_shape(front.keys.shape[2:], key, layer)
+    return [front.keys[layer], front.values[layer]]
+
+
+def refuse_other_shape(shape: Sequence[int], key: Tensor, layer: int) -> None:
+    """Raise AdapterError unless a layer's keys [rows, heads, T, D] have the (heads, D) of `shape`."""
+    if (own := (key.shape[1], key.shape[3])) != tuple(shape):
+        raise AdapterError(
+            f"A prefix has {shape[0]} heads of {shape[1]} features, and keys of layer {layer} have {own[0]} of "
+            f"{own[1]}: layers of this model differ. Use method 'prompt'."
+        )
 
 
 class DocumentsLost(RuntimeError):
@@ -165,25 +213,61 @@ def document_attention(
     documents: Documents | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    front: Prefix | None = None,
+    shifted: tuple[Documents, Documents] | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
+    front    keys and values that each document has before its own, in every layer
+    shifted  groups to attend in instead of whole documents, for the first half of the heads and for the second
     Dropout of the base is never applied: a frozen base computes what it computes at inference.
     """
     if documents is None:
         raise DocumentsLost(f"{type(module).__name__} was not told the documents of the pack.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    before = None if front is None else _of_layer(front, module, key)
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, D]
+    if shifted is None:
+        return _over(documents, rows, before, scale, sliding_window, softcap).unsqueeze(0), None
+    at, shared = halves(query.shape[1], key.shape[1])
+    first = [rows[0][:, :at], *(t[:, :shared] if shared else t for t in rows[1:])]
+    second = [rows[0][:, at:], *(t[:, shared:] for t in rows[1:])]
+    of_halves = [
+        _over(d, part, None, scale, sliding_window, softcap) for d, part in zip(shifted, (first, second), strict=True)
+    ]
+    return torch.cat(of_halves, 1).unsqueeze(0), None
+
+
+def halves(n_heads: int, n_shared: int) -> tuple[int, int]:
+    """(query heads, key-value heads) of the first half of the heads; the rest is the other half.
+
+    With one key-value head for all, both halves read it: 0 says so.
+    """
+    if n_shared == 1:
+        return n_heads // 2, 0
+    first = n_shared // 2
+    return first * (n_heads // n_shared), first
+
+
+def _over(
+    documents: Documents,
+    rows: list[Tensor],
+    before: list[Tensor] | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention within each of `documents`: queries, keys, values [T, heads, D] -> [T, H, D]."""
     parts: list[Tensor] = []
     for g in documents.groups:
-        y = _attend(*(_padded(t, g) for t in rows), scale, sliding_window, softcap)
-        y = y.transpose(1, 2).reshape(g.n * g.length, query.shape[1], -1)
+        y = _attend_group(rows, g, before, scale, window, softcap)
+        y = y.transpose(1, 2).reshape(g.n * g.length, rows[0].shape[1], -1)
         parts.append(y if len(g.real) == len(y) else _Gather.apply(y, g.real))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not documents.in_order:
         out = _Spread.apply(out, torch.cat([g.put for g in documents.groups]), documents.n_tokens)
-    return out.unsqueeze(0), None
+    return out
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

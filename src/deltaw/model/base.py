@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.errors import BaseError, near
 from deltaw.formats import FORMATS, QUANTISED
-from deltaw.model.load import load_tokenizer, load_transformers, resolve_base
+from deltaw.model.load import folder_format, load_tokenizer, load_transformers, resolve_base
 from deltaw.model.model import Model
+from deltaw.model.originals import originals
 from deltaw.model.quantised import Format, frozen_weights
 
 
@@ -35,6 +36,8 @@ def load_base(
     *,
     block: int = 64,
     double_quant: bool = False,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Model:
     """Load a base model to attach adapters to.
 
@@ -44,6 +47,9 @@ def load_base(
     dtype   "float32", "bfloat16", "float16", "float64" or such a torch dtype; "auto": bfloat16 where the CPU has it
     say     called with a sentence when something takes a while (a download, a conversion)
     block, double_quant  of a quantised format: values that share a scale (32 to 4096); scales in 8 bits too
+    labels  what a text classifier chooses from: an encoder gets a fresh head for them. None: as the folder's head has
+            them; encoder-decoders and causal language models have none
+    seed    of a fresh head
 
     Raises BaseError.
     """
@@ -58,10 +64,13 @@ def load_base(
     folder = resolve_base(path, say=say)
     with ThreadPoolExecutor(1) as aside:  # hashing reads the same pages that loading reads
         fingerprint = aside.submit(fingerprint_folder, folder)
-        net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype, how)
+        net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype, how, labels, seed)
         found = fingerprint.result()
     if weights := list(frozen_weights(net).values()):
         first = weights[0]
         kept = Format(first.name, first.block, first.double_quant)
         found = found.model_copy(update={"format": str(kept)})
-    return Model(net, load_tokenizer(folder), found, folder)
+    model = Model(net, load_tokenizer(folder), found, folder)
+    if how is not None and folder_format(folder) is None:
+        model.originals = originals(folder, model.places.sites, net.base_model_prefix)
+    return model

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from deltaw.core.checkpoint_files import read_json
 from deltaw.errors import BaseError
+from deltaw.model.kinds import AUTO, NAMES, folder_kind, with_labels
 from deltaw.model.starter import quiet
 
 
-def empty_network(folder: Path) -> PreTrainedModel:
-    """The network of a folder's config.json without memory for its weights. Raises BaseError."""
+def empty_network(folder: Path, labels: Sequence[str] | None = None) -> PreTrainedModel:
+    """The network of a folder's config.json without memory for its weights. Raises BaseError.
+
+    labels  of a text classifier; None: as the folder's head has them
+    """
+    kind = folder_kind(read_json(folder / "config.json"), labels, folder)
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            net = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            net = AUTO[kind].from_config(with_labels(config, labels), trust_remote_code=False)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
         raise BaseError(
-            f"{folder} is no causal language model that transformers knows: {problem}\n  Check its config.json."
+            f"{folder} is no {NAMES[kind]} that transformers knows: {problem}\n  Check its config.json."
         ) from problem
     net.tie_weights()
     return net.eval()
 
 
-def network_from(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The network of what a config.json says, in `dtype`, without memory for its weights. Raises BaseError."""
+def network_from(config: dict[str, Any], dtype: torch.dtype, labels: Sequence[str] | None = None) -> PreTrainedModel:
+    """The network of what a config.json says, in `dtype`, without memory for its weights. Raises BaseError.
+
+    labels  of a text classifier; None: as the head of the config has them
+    """
     settings = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
-    kind = str(settings.pop("model_type", None))
+    family = str(settings.pop("model_type", None))
+    kind = folder_kind(config, labels, family)
     try:
         with quiet(), torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(kind, **settings), dtype=dtype, trust_remote_code=False
-            )
+            made = with_labels(AutoConfig.for_model(family, **settings), labels)
+            net = AUTO[kind].from_config(made, dtype=dtype, trust_remote_code=False)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as problem:
         raise BaseError(
-            f"this config (model_type {kind!r}) is no causal language model that transformers knows: {problem}\n"
+            f"this config (model_type {family!r}) is no {NAMES[kind]} that transformers knows: {problem}\n"
             "  Check its config.json."
         ) from problem
     net.tie_weights()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from deltaw.core.prefix import Prefix
 from deltaw.errors import DataError, WorkFailed
 from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
+from deltaw.model.virtual import first_arguments, needs_like_lengths
 
 GiveUp = Callable[[int, list[int]], bool]
 
@@ -61,17 +63,21 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_tokens(model)
-    limit = max_positions(model.net)
+    front = model.front()
+    limit = _positions_left(model, front)
     if limit is not None and prompts and len(prompts[order[0]]) >= limit:
+        beside = f" beside {front.n} virtual tokens" if front is not None else ""
         raise DataError(
-            f"Prompt {order[0] + 1} has {len(prompts[order[0]])} tokens, and this base has {limit} positions: "
+            f"Prompt {order[0] + 1} has {len(prompts[order[0]])} tokens, and this base has {limit} positions{beside}: "
             "nothing is left for an answer. Shorten it."
         )
-    for start in range(0, len(order), batch_size):
+    alike = front is not None and needs_like_lengths(model.net, front)
+    for rows in _batches(order, prompts, batch_size, alike):
         _batch(
             model,
+            front,
             prompts,
-            order[start : start + batch_size],
+            rows,
             answers,
             max_new_tokens,
             ends,
@@ -80,6 +86,20 @@ def generate(
             _until(prompts, limit, give_up),
         )
     return answers
+
+
+def _positions_left(model: Model, front: Prefix | None) -> int | None:
+    """The positions that virtual tokens leave for prompt and answer; None: any number."""
+    limit = max_positions(model.net)
+    return limit if limit is None or front is None else limit - front.n
+
+
+def _batches(order: list[int], prompts: Sequence[Sequence[int]], size: int, alike: bool) -> Iterator[list[int]]:
+    """The prompts' numbers in `order`, at most `size` at a time; only those of one length together if `alike`."""
+    groups = [list(g) for _, g in groupby(order, key=lambda i: len(prompts[i]))] if alike else [order]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _until(prompts: Sequence[Sequence[int]], limit: int | None, give_up: GiveUp | None) -> GiveUp | None:
@@ -91,6 +111,7 @@ def _until(prompts: Sequence[Sequence[int]], limit: int | None, give_up: GiveUp 
 
 def _batch(
     model: Model,
+    front: Prefix | None,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     answers: list[list[int]],
@@ -107,17 +128,10 @@ def _batch(
     for r, i in enumerate(rows):
         ids[r, longest - len(prompts[i]) :] = torch.tensor(prompts[i], dtype=torch.long)
         mask[r, longest - len(prompts[i]) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.net.config)
+    inputs, mask = first_arguments(model.net, front, ids, mask)
+    cache, positions = inputs["past_key_values"], inputs["position_ids"]
     for number in range(max_new_tokens):
-        out = model.net(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        out = model.net(**inputs, attention_mask=mask, use_cache=True, logits_to_keep=1)
         chosen = _choose(out.logits[:, -1], sampling, rng)
         keep = []
         for r, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -134,6 +148,7 @@ def _batch(
             cache.batch_select_indices(index)
             ids, positions, mask = ids[index], positions[index], mask[index]
             rows = [rows[r] for r in keep]
+        inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
 
 

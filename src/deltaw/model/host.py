@@ -56,6 +56,7 @@ class Run:
     seed      seeds dropout; None outside training
     pack      of each document of the pack being computed: (number in its step, tokens, targets), so that dropout does
               not depend on which documents share a pack; None: the whole input has one mask
+    heard     inputs of the halves of blocks being computed, by the half's name, for a network that stands beside one
     """
 
     use: dict[str, float] = field(default_factory=dict)
@@ -102,32 +103,31 @@ class Host(nn.Module):
             if slot.heard is not None:
                 self.run.heard[slot.heard] = x
         changed = [(self._form(slot), w) for slot, w in used if slot.params]
+        u = self.run.heard.pop(self.site.name, None)  # before anything that a recomputation may leave early
         if len(changed) == 1 and changed[0][1] == 1.0 and not self._base_is_swapped():
-            y = self._changed(changed[0][0], x)
+            y = self._changed(changed[0][0], x, u)
         else:
             y = base = self.original(x)
             for form, w in changed:
-                y = y + w * self._delta(form, x, base)
-        if changed:
-            self.run.heard.pop(self.site.name, None)
+                y = y + w * self._delta(form, x, base, u)
         for slot, _ in used:
             if slot.rows is not None:
                 y = _with_columns(y, slot.rows.ids, self._columns(slot, slot.rows, x))
         return y
 
-    def _changed(self, form: Form, x: Tensor) -> Tensor:
-        """The output with one change."""
+    def _changed(self, form: Form, x: Tensor, u: Tensor | None) -> Tensor:
+        """The output with one change; u is the input of the block's half that ends here, where it was kept."""
         if isinstance(form, Affine):
             return apply(form, x, self.frozen, self.bias, self._dropped(form, x))
         y = self.original(x)
-        return y + self._delta(form, x, y)
+        return y + self._delta(form, x, y, u)
 
-    def _delta(self, form: Form, x: Tensor, base: Tensor) -> Tensor:
+    def _delta(self, form: Form, x: Tensor, base: Tensor, u: Tensor | None) -> Tensor:
         """What a change adds to the base's output."""
         if isinstance(form, Affine):
             return delta(form, x, self.frozen, base, self.bias, self._dropped(form, x))
         assert isinstance(form, Bottleneck)
-        return bottleneck_delta(form, base, self.run.heard[self.site.name] if form.parallel else base)
+        return bottleneck_delta(form, base, u)
 
     def _columns(self, slot: Slot, rows: Rows, x: Tensor) -> Tensor:
         """Logits of the swapped or added rows: [..., n]. A row that the base has keeps its bias."""

@@ -24,12 +24,16 @@ def max_positions(net: PreTrainedModel) -> int | None:
     return found if any(m.num_embeddings in (found, found + 2) for m in tables) else None
 
 
-def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raise DataError for an example longer than the positions of `net`: it could not be computed."""
+def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int = 0) -> None:
+    """Raise DataError for an example longer than the positions of `net`: it could not be computed.
+
+    before  positions that an adapter's virtual tokens take in front of each example
+    """
     limit = max_positions(net)
     for example in examples:
-        if limit is not None and len(example.input_ids) > limit:
+        if limit is not None and before + len(example.input_ids) > limit:
+            behind = f" behind {before} virtual tokens" if before else ""
             raise DataError(
-                f"{example.where}: {len(example.input_ids)} tokens, and this base has {limit} positions. "
-                f"Set data.max_tokens (--max-tokens) to {limit} or less."
+                f"{example.where}: {len(example.input_ids)} tokens{behind}, and this base has {limit} positions. "
+                f"Set data.max_tokens (--max-tokens) to {limit - before} or less."
             )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
 from deltaw.errors import BaseError, WorkFailed, near
+from deltaw.model.kinds import AUTO, NAMES, folder_kind, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
 from deltaw.model.unsupported import refuse_unsupported, some
@@ -81,15 +83,19 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> PreTrainedModel:
+def load_transformers(
+    folder: Path, dtype: str, how: Format | None = None, labels: Sequence[str] | None = None, seed: int = 0
+) -> PreTrainedModel:
     """The frozen network of a folder in Hugging Face layout, in eval mode, on the CPU.
 
     dtype   a key of DTYPES; weights are converted while they load
     how     the format to keep linear maps in; None: as the folder has them
+    labels  of a text classifier; None: as the folder's head has them
+    seed    of a head that the folder has not
 
     Raises BaseError: no config, no safetensors (pickles are refused), a truncated file, an architecture that
-    is not a causal language model, tensors that are missing, left over or misshapen, weights that are quantised
-    already in another way.
+    is no language model of a known kind, an encoder without labels, tensors that are missing, left over or misshapen,
+    weights that are quantised already in another way.
     """
     if dtype not in DTYPES:
         raise BaseError(f"unknown dtype {dtype!r}.{near(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
@@ -102,13 +108,15 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
             "  Quantise the 16- or 32-bit model that it was made from, or leave the format out."
         )
     how = saved or how
+    kind = folder_kind(read_json(folder / "config.json"), labels, folder)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config.__dict__.pop("quantization_config", None)
+            config = with_labels(config, labels)
             if saved is not None:
                 config.quantization_config = own_config(saved)
-            net, info = AutoModelForCausalLM.from_pretrained(
+            net, info = AUTO[kind].from_pretrained(
                 folder,
                 config=config,
                 quantization_config=argument(how) if how is not None and saved is None else None,
@@ -123,18 +131,19 @@ def load_transformers(folder: Path, dtype: str, how: Format | None = None) -> Pr
         raise BaseError(f"{folder}: {problem}") from problem
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
         raise BaseError(
-            f"{folder} does not load as a causal language model: {_first_line(problem)}\n"
+            f"{folder} does not load as a {NAMES[kind]}: {_first_line(problem)}\n"
             "  Check config.json; models that need code from their repository are refused."
         ) from problem
     if how is not None:
         settle(net, folder)
+    if kind == "classify" and labels is not None:
+        info["missing_keys"] = set(make_head(net, info["missing_keys"], seed))
+        info["unexpected_keys"] = set(not_in(net, info["unexpected_keys"]))
     _check_complete(folder, info)
-    declared = net.config.architectures or []
-    if declared and all(name.endswith("ForMaskedLM") for name in declared):
-        raise BaseError(f"{folder} is a masked language model ({', '.join(declared)}).\n  Give a causal one.")
     net = net.eval().requires_grad_(False)
     check_finite(net)
-    check_causal(net)
+    if kind == "causal":
+        check_causal(net)
     return net
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
-from deltaw.core.bottleneck import Bottleneck
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.site import BlockSite, LinearSite, VirtualSite
+from deltaw.core.prefix import Prefix
+from deltaw.core.site import LinearSite, VirtualSite
 from deltaw.core.spec import MethodSpec
 from deltaw.core.weight import Weight
 from deltaw.data.pack import Batch
-from deltaw.errors import AdapterError, NotFound, SpecError, near
+from deltaw.errors import AdapterError, DeltawError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Beside, fresh
-from deltaw.model.attention import Documents, DocumentsLost, cannot_pack, packed_attention, packs
+from deltaw.model.attention import DocumentsLost, cannot_pack, packed_attention, packs
+from deltaw.model.calibrate import input_directions
 from deltaw.model.frozen import FrozenLinear
-from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
+from deltaw.model.host import Run
 from deltaw.model.identity import compare
+from deltaw.model.install import Installed
 from deltaw.model.load import refuse_unsupported
 from deltaw.model.places import Places
+from deltaw.model.rescale import Overrides
+from deltaw.model.shift import shifted_documents
 from deltaw.model.sites import find_sites
 from deltaw.model.strict import strict
-from deltaw.model.swap import Swapped
+from deltaw.model.virtual import front_of, one_by_one, pack_arguments, padded_logits
 from deltaw.model.vocabulary import add_rows, with_tokens
 from deltaw.store.peft import read_adapter
 
@@ -47,6 +50,7 @@ class Model:
     tokenizer    its tokenizer (with the new tokens of an attached adapter), or None
     fingerprint  which base this is, or None for a model made in memory
     folder       where the base came from, or None
+    originals    a linear map's name -> its W [out, in] from before the base was quantised; None where it was not
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Model:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.folder = folder
+        self.originals: Callable[[str], Tensor] | None = None
         self.run = Run()
         self.adapters: dict[str, Attachment] = {}
         self._own_tokenizer = tokenizer
@@ -69,8 +74,8 @@ class Model:
         biases = {n: getattr(modules[n], "bias", None) for n in sites}
         self.places = Places.of(net, sites, weights, biases, modules)
         self._base_tensors = dict(net.named_parameters(remove_duplicate=False))
-        self._hosts: dict[str, Host] = {}
-        self._swaps: dict[str, Swapped] = {}
+        self._overrides = Overrides(net)
+        self._installed = Installed(self.places, self.run, self._base_tensors)
 
     # Attach, use, detach ------------------------------------------------------------------------
 
@@ -82,6 +87,7 @@ class Model:
         trainable: bool = False,
         allow_other_base: bool = False,
         seed: int = 0,
+        calibration: Sequence[Batch] = (),
     ) -> str:
         """Attach a new trainable adapter (from settings) or a finished one (strictly), and use it.
 
@@ -89,6 +95,7 @@ class Model:
         trainable         whether a finished adapter goes on training
         allow_other_base  attach although the base differs from the one it was trained on
         seed              for fresh parameters
+        calibration       rows that fresh parameters may start from (LoRA's start: eva)
         returns           `name`
 
         Raises AdapterError or TargetError; the model is then as it was.
@@ -104,7 +111,7 @@ class Model:
             raise AdapterError("This model trains its own weights (method 'full'): nothing can be attached to it.")
         if isinstance(what, MethodSpec):
             self._refuse_format(what)
-            made = self._fresh(what, seed)
+            made = self._fresh(what, seed, calibration)
         else:
             adapter = what if isinstance(what, Adapter) else read_adapter(Path(what))
             if adapter.spec.trains_base:
@@ -120,12 +127,19 @@ class Model:
                     tensor.data = tensor.data.float()  # training is in float32 whatever the file held
             for tensor in made.parameters().values():
                 tensor.requires_grad_(trainable)
-        self._install(name, made)
-        self.use(name)
+        self.adapters[name] = made
+        self._installed.install(name, made)
+        try:
+            self.use(name)
+        except DeltawError:
+            self.detach(name)
+            raise
         return name
 
-    def _fresh(self, spec: MethodSpec, seed: int) -> Attachment:
-        made = fresh(spec, self.places, torch.Generator().manual_seed(seed), Beside(encode=self._encode))
+    def _fresh(self, spec: MethodSpec, seed: int, calibration: Sequence[Batch]) -> Attachment:
+        directions = self._directions(spec, calibration) if spec.calibrates and calibration else {}
+        beside = Beside(self.originals, directions, self._encode)
+        made = fresh(spec, self.places, torch.Generator().manual_seed(seed), beside)
         made.overrides = spec.overrides(self.net.config)
         made.fingerprint = self.fingerprint
         if self.folder is not None:
@@ -138,6 +152,14 @@ class Model:
         elif spec.new_tokens:
             made.rows |= add_rows(self._take_tokens(spec.new_tokens), self.net, self._base_tensors, self.places)
         return made
+
+    def _directions(self, spec: MethodSpec, calibration: Sequence[Batch]) -> dict[str, Tensor]:
+        sites = [s for s in self.places.chosen(spec).values() if isinstance(s, LinearSite)]
+        used, self.run.use = self.run.use, {}
+        try:
+            return input_directions(self, sites, calibration, spec.calibrates)
+        finally:
+            self.run.use = used
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -194,7 +216,7 @@ class Model:
         ids = self._take_tokens(tuple(tokens))
         made.rows |= add_rows(ids, self.net, self._base_tensors, self.places)
         made.spec = made.spec.model_copy(update={"new_tokens": (*made.spec.new_tokens, *tokens)})
-        self._install_rows(name, made)
+        self._installed.install_rows(name, made)
         return ids
 
     def use(self, which: str | Mapping[str, float] | None) -> None:
@@ -214,9 +236,22 @@ class Model:
                 raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")
         if wanted and list(wanted.values()) != [1.0]:
             self._refuse_clash(list(wanted))
+        self._overrides.apply(self._overrides_of(list(wanted)))
         self.run.use = {name: float(weight) for name, weight in wanted.items()}
 
+    def _overrides_of(self, names: list[str]) -> dict[str, Any]:
+        """What the adapters in use want the base's config to say. Raises AdapterError where they differ."""
+        wanted = [self.adapters[n].overrides for n in names]
+        if wanted and any(w != wanted[0] for w in wanted):
+            raise AdapterError(f"{', '.join(map(repr, names))} want other positions of the base: use one at a time.")
+        return wanted[0] if wanted else {}
+
     def _refuse_clash(self, names: list[str]) -> None:
+        if in_front := [n for n in names if self.adapters[n].spec.sits in ("input", "cache")]:
+            raise AdapterError(
+                f"{in_front[0]!r} (method {self.adapters[in_front[0]].spec.name!r}) is virtual tokens in front of the "
+                "sequence, which cannot be summed or weighted: it is used alone, with weight 1."
+            )
         with_rows = [n for n in names if self.adapters[n].rows]
         if with_rows:
             raise AdapterError(f"{with_rows[0]!r} has vocabulary of its own: it is used alone, with weight 1.")
@@ -236,16 +271,8 @@ class Model:
         for gone in list(self.adapters) if name is None else [self._one_name(name)]:
             del self.adapters[gone]
             self.run.use.pop(gone, None)
-            for site, host in list(self._hosts.items()):
-                host.slots.pop(gone, None)
-                if not host.slots:
-                    self._put(site, host.original)
-                    del self._hosts[site]
-            for owner, swapped in list(self._swaps.items()):
-                swapped.values.pop(gone, None)
-                if not swapped.values:
-                    self._put_inner(owner, swapped.original)
-                    del self._swaps[owner]
+            self._overrides.apply(self._overrides_of(list(self.run.use)))
+            self._installed.remove(gone)
         if not any(a.rows for a in self.adapters.values()):
             self.tokenizer = self._own_tokenizer
 
@@ -257,64 +284,6 @@ class Model:
         if name not in self.adapters:
             raise NotFound(f"No adapter {name!r} is attached.{near(name, self.adapters)}")
         return name
-
-    # Installing ------------------------------------------------------------------------------------
-
-    def _install(self, name: str, made: Attachment) -> None:
-        self.adapters[name] = made
-        for site_name in made.sites:
-            site = made.places[site_name]
-            if isinstance(site, VirtualSite):
-                continue
-            self._host(site.name).slots[name] = Slot(made.spec, made.at(site.name), site)
-            if isinstance(site, BlockSite):
-                self._listen(name, site, made)
-        for tensor, value in made.swaps.items():
-            owner, _, key = tensor.rpartition(".")
-            self._swapped(owner).values.setdefault(name, {})[key] = value
-        self._install_rows(name, made)
-
-    def _listen(self, name: str, site: BlockSite, made: Attachment) -> None:
-        """Keep the input of a block's half where the bottleneck behind it reads that."""
-        form = made.lowered(site.name, self.places)
-        if isinstance(form, Bottleneck) and form.parallel:
-            entry = self.places.sites[site.entry]
-            self._host(site.entry).slots[name] = Slot(made.spec, {}, entry, heard=site.name)
-
-    def _install_rows(self, name: str, made: Attachment) -> None:
-        for tensor, (ids, value) in made.rows.items():
-            owners = [n for n, t in self._base_tensors.items() if t is self._base_tensors[tensor]]
-            for owner in {tensor, *(o for o in owners if o not in made.rows)}:
-                site = owner.rpartition(".")[0]
-                slot = self._host(site).slots.setdefault(name, Slot(made.spec, {}, self.places.sites[site]))
-                slot.rows = Rows(ids, value)
-
-    def _host(self, site_name: str) -> Host:
-        if site_name not in self._hosts:
-            site = self.places.sites[site_name]
-            kind = EmbeddingHost if site.kind == "embedding" else Host
-            inner = self._swaps.get(site_name, self.places.modules[site_name])
-            number = list(self.places.sites).index(site_name)
-            host = kind(site, inner, self.places.weights[site_name], self.run, number)
-            self._hosts[site_name] = host
-            self._put(site_name, host)
-        return self._hosts[site_name]
-
-    def _swapped(self, owner: str) -> Swapped:
-        if owner not in self._swaps:
-            self._swaps[owner] = Swapped(self.places.modules[owner], self.run)
-            self._put_inner(owner, self._swaps[owner])
-        return self._swaps[owner]
-
-    def _put_inner(self, path: str, module: nn.Module) -> None:
-        if path in self._hosts:
-            self._hosts[path].original = module
-        else:
-            self._put(path, module)
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, child = path.rpartition(".")
-        setattr(self.places.modules[parent], child, module)
 
     # Parameters and results ------------------------------------------------------------------------
 
@@ -334,39 +303,44 @@ class Model:
 
     # Computing -------------------------------------------------------------------------------------
 
+    def front(self) -> Prefix | None:
+        """The vectors in front of the sequence that the adapter in use has, in the base's dtype; None without."""
+        return front_of((self.adapters[name] for name in self.run.use), self.places, self.net, self.run.seed)
+
+    @property
+    def n_before(self) -> int:
+        """The positions that virtual tokens take in front of each document."""
+        with torch.no_grad():
+            front = self.front()
+        return 0 if front is None else front.n
+
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab]."""
-        out = self.net(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        logits: Tensor = out.logits
-        return logits
+        return padded_logits(self.net, self.front(), input_ids, attention_mask)
 
     def pack_logits(self, batch: Batch) -> Tensor:
         """Logits where a pack's targets are predicted: [n_targets, vocab]; documents do not see each other.
 
         With activation checkpointing the caller keeps `packed_attention` open through the backward.
         """
+        front = self.front()
+        shifted = self._shifted(batch) if self.run.seed is not None else {}
         if not packs(self.net):
-            return self._one_by_one(batch)
+            return one_by_one(self.net, front, batch)
         try:
             with packed_attention(self.net):
-                out = self.net(
-                    input_ids=batch.input_ids[None],
-                    position_ids=batch.positions[None],
-                    documents=Documents.of(batch.bounds),
-                    use_cache=False,
-                    logits_to_keep=batch.predict_at,
-                )
+                out = self.net(**pack_arguments(self.net, front, batch), **shifted, use_cache=False)
         except DocumentsLost:
             cannot_pack(self.net)
-            return self._one_by_one(batch)
+            return one_by_one(self.net, front, batch)
         logits: Tensor = out.logits[0]
         return logits
 
-    def _one_by_one(self, batch: Batch) -> Tensor:
-        """What `pack_logits` gives, for an architecture whose documents cannot share a row."""
-        parts = []
-        for start, end in itertools.pairwise(batch.bounds.tolist()):
-            at = batch.predict_at[(batch.predict_at >= start) & (batch.predict_at < end)] - start
-            if len(at):
-                parts.append(self.logits(batch.input_ids[None, start:end])[0, at])
-        return torch.cat(parts)
+    def _shifted(self, batch: Batch) -> dict[str, Any]:
+        """How attention is cut in a training step, for a method that does so. Raises AdapterError where it cannot."""
+        for made in (self.adapters[name] for name in self.run.use):
+            if (groups := shifted_documents(batch.bounds, made.spec.groups)) is not None:
+                if not packs(self.net):
+                    raise AdapterError(f"{type(self.net).__name__} computes attention by itself: it cannot be cut.")
+                return {"shifted": groups}
+        return {}

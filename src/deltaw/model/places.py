@@ -46,9 +46,12 @@ class Places:
         return cls(sites, weights, biases, modules, find_blocks(sites.values()), _virtual(net))
 
     def chosen(self, spec: MethodSpec) -> dict[str, Site]:
-        """Where `spec` sits, by name, in the model's order. Raises TargetError when there is no such place."""
+        """Where `spec` sits, by name, in the model's order. Raises TargetError when there is no such place.
+
+        A targeted map at which the method has no parameters (BitFit where there is no bias) is not among them.
+        """
         if spec.sits == "linear":
-            return {s.name: s for s in select(spec, list(self.sites.values()))}
+            return {s.name: s for s in select(spec, list(self.sites.values())) if spec.shapes(s)}
         if spec.sits == "block":
             return {s.name: s for s in select_blocks(spec, list(self.blocks.values()))}
         site = self.virtual.get(spec.sits)
@@ -75,11 +78,14 @@ def _virtual(net: PreTrainedModel) -> dict[str, VirtualSite]:
     if width is None:
         return {}
     stacks = 2 if getattr(config, "is_encoder_decoder", False) else 1
-    found = {"input": VirtualSite("prompt", "input", width, stacks)}
+    gain = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0))
+    found = {"input": VirtualSite("prompt", "input", width, stacks, gain=float(gain))}
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_decoder_layers", None) if stacks == 2 else getattr(config, "num_hidden_layers", None)
     if isinstance(heads, int) and isinstance(layers, int):
-        shared = getattr(config, "num_key_value_heads", None) or heads
+        shared = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            shared = 1  # Falcon and GPT-BigCode: one key head for all
         dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
         found["cache"] = VirtualSite("prefix", "cache", width, stacks, layers, shared, dim)
     return found

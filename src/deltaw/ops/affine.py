@@ -8,6 +8,7 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
 from deltaw.ops.lowrank import lowrank_linear
+from deltaw.ops.rowgain import gained
 
 
 def apply(
@@ -22,18 +23,14 @@ def apply(
     dropped  x after dropout, the input of A in training; None: x itself
     """
     dtype = x.dtype
-    gained = x if affine.in_gain is None else x * affine.in_gain.to(dtype)
+    x_in = x if affine.in_gain is None else gained(x, affine.in_gain)
     bias = base_bias if affine.bias is None else affine.bias.to(dtype)
-    within = bias if affine.out_gain is None else None  # a gain does not touch the bias
     if affine.A is None or affine.B is None:
-        y = weight.mul(gained, within)
+        y = weight.mul(x_in, bias)
     else:
         branch = x if dropped is None else dropped
-        y = lowrank_linear(gained, weight, affine.A, affine.B, affine.scale, branch, within)
-    if affine.out_gain is None:
-        return y
-    y = y * affine.out_gain.to(dtype)
-    return y if bias is None else y + bias
+        y = lowrank_linear(x_in, weight, affine.A, affine.B, affine.scale, branch, bias)
+    return y if affine.out_gain is None else gained(y, affine.out_gain, bias)
 
 
 def delta(
@@ -64,5 +61,5 @@ def apply_columns(affine: Affine, ids: Tensor, weight: Weight) -> Tensor:
         a = F.embedding(ids, affine.A.T).to(y.dtype)
         y = y + affine.scale * (a @ affine.B.T.to(y.dtype))
     if affine.out_gain is not None:
-        y = y * affine.out_gain.to(y.dtype)
+        y = gained(y, affine.out_gain)
     return y if affine.bias is None else y + affine.bias.to(y.dtype)

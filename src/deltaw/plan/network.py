@@ -12,6 +12,8 @@ from torch import nn
 
 from deltaw.core.checkpoint_files import read_json
 from deltaw.core.spec import MethodSpec
+from deltaw.data.pack import collate
+from deltaw.data.template import Example
 from deltaw.errors import BaseError, near
 from deltaw.formats import QUANTISED
 from deltaw.model.empty import config_from_hub, network_from
@@ -112,6 +114,10 @@ def planned_model(base: Base, spec: MethodSpec) -> Model:
     Raises what attaching the real one raises: TargetError, AdapterError, BaseError.
     """
     model = Model(network_of(base))  # type: ignore[arg-type]
+    sites = model.places.sites
+    if base.format in QUANTISED:
+        model.originals = lambda name: torch.empty(sites[name].out_features, sites[name].in_features, device="meta")
+    rows = [collate([Example((0,) * 4, (False, True, True, True), "planned")])] if spec.calibrates else []
     with Tracer(), torch.device("meta"):
-        model.attach(spec)
+        model.attach(spec, calibration=rows)
     return model

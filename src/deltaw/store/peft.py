@@ -22,12 +22,11 @@ from deltaw.core.adapter import Adapter, Replacement
 from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.core.site import LinearSite, Site, plain_site, site_from
 from deltaw.core.spec import MethodSpec
-from deltaw.core.targets import ALL_LINEAR
+from deltaw.core.targets import ALL_LINEAR, matches
 from deltaw.errors import AdapterError, DeltawError, NotFound
 from deltaw.methods import METHODS, spec_from
 from deltaw.store.files import whole_folder
 
-PREFIX = "base_model.model."
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
 _OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
@@ -76,6 +75,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names."""
+    prefix = type(adapter.spec).peft_prefix
     kinds = {p.name: _where(p) for p in adapter.places}
     names = {(param, kind): key for key, (param, kind) in type(adapter.spec).peft_params().items()}
     out: dict[str, Tensor] = {}
@@ -84,15 +84,15 @@ def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
             if kinds[site] == "virtual":
                 out[names[param, "virtual"]] = tensor
             elif param == "bias":
-                out[f"{PREFIX}{site}.{'bias' if len(params) == 1 else 'base_layer.bias'}"] = tensor
+                out[f"{prefix}{site}.{'bias' if len(params) == 1 else 'base_layer.bias'}"] = tensor
             else:
-                out[f"{PREFIX}{site}.{names[param, kinds[site]]}"] = tensor
+                out[f"{prefix}{site}.{names.get((param, kinds[site])) or names[param, 'any']}"] = tensor
     out |= {names[param, "shared"]: tensor for param, tensor in adapter.shared.items()}
     for r in adapter.replaced:
         if r.rows is None:
-            out[PREFIX + r.tensor] = r.value
+            out[prefix + r.tensor] = r.value
         else:
-            out[PREFIX + r.tensor.removesuffix(".weight") + _TOKENS] = r.value
+            out[prefix + r.tensor.removesuffix(".weight") + _TOKENS] = r.value
     return out
 
 
@@ -104,7 +104,7 @@ def _where(site: Site) -> str:
 def to_peft_config(adapter: Adapter) -> dict[str, Any]:
     """PEFT's adapter_config.json for `adapter`."""
     spec = adapter.spec
-    targeted = [p for p in adapter.places if set(adapter.sites[p.name]) != {"bias"}]
+    targeted = [p for p in adapter.places if set(adapter.sites[p.name]) != {"bias"} or not spec.wants(p)]
     tokens = {
         r.tensor.removesuffix(".weight").rsplit(".", 1)[-1]: list(r.rows)
         for r in adapter.replaced
@@ -259,28 +259,29 @@ def _understood(
     kinds: dict[str, str] = {}
     replaced: list[Replacement] = []
     unknown: list[str] = []
-    names = type(spec).peft_params()
+    names, prefix = type(spec).peft_params(), type(spec).peft_prefix
     whole = {key: found for key, found in names.items() if found[1] in ("shared", "virtual")}
     for key, tensor in tensors.items():
-        path = key.removeprefix(PREFIX)
+        path = key.removeprefix(prefix)
         hit = next((s for s in names if s not in whole and path.endswith("." + s)), None)
         if key in whole:
             param, kind = whole[key]
             site = {"input": "prompt", "cache": "prefix"}.get(type(spec).sits, "")
             (shared if kind == "shared" else sites.setdefault(site, {}))[param] = tensor
             kinds[site] = kind
-        elif not key.startswith(PREFIX):
+        elif not key.startswith(prefix):
             unknown.append(key)
         elif hit is not None:
             site = path.removesuffix("." + hit)
-            param, kinds[site] = names[hit]
+            param, kind = names[hit]
+            kinds |= {} if kind == "any" else {site: kind}
             sites.setdefault(site, {})[param] = tensor
         elif path.endswith(".base_layer.bias") and spec.trains_biases:
             sites.setdefault(path.removesuffix(".base_layer.bias"), {})["bias"] = tensor
         elif path.endswith(_TOKENS):
             module = path.removesuffix(_TOKENS)
             replaced.append(Replacement(module + ".weight", tensor, _token_rows(config, module)))
-        elif path.endswith(".bias") and path.removesuffix(".bias") in known:
+        elif path.endswith(".bias") and _is_its_own(path.removesuffix(".bias"), spec, known):
             sites.setdefault(path.removesuffix(".bias"), {})["bias"] = tensor
         elif any(mark in path for mark in _FOREIGN):
             unknown.append(key)
@@ -291,6 +292,11 @@ def _understood(
         raise AdapterError(f"{TENSORS} holds tensors that method {spec.name!r} does not have: {shown}.")
     places = {s: known.get(s) or _place(type(spec), s, params, kinds.get(s, "linear")) for s, params in sites.items()}
     return sites, shared, places, replaced
+
+
+def _is_its_own(module: str, spec: MethodSpec, known: dict[str, Site]) -> bool:
+    """Whether the bias of `module` is a parameter of the method there, not a tensor that the adapter replaces."""
+    return module in known or (not type(spec).peft_params() and matches(spec.targets, module))
 
 
 def _place(method: type[MethodSpec], name: str, params: dict[str, Tensor], kind: str) -> Site:
@@ -316,5 +322,5 @@ def _card(adapter: Adapter, config: dict[str, Any]) -> str:
     print_ = adapter.fingerprint.short() if adapter.fingerprint else "unknown"
     return (
         head + f"# Adapter {adapter.id[:12]}\n\nMethod {adapter.spec.name}, {adapter.n_parameters:,} parameters, "
-        f"trained on {print_}. Load it with deltaw or HF PEFT.\n"
+        f"trained on {print_}. Load it with deltaw{' or HF PEFT' if adapter.spec.in_peft else ''}.\n"
     )

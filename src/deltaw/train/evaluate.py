@@ -182,7 +182,7 @@ def _number(text: str) -> int | float:
 @torch.no_grad()
 def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
     """The summed log-likelihood of each example's target tokens."""
-    refuse_beyond(model.net, examples)
+    refuse_beyond(model.net, examples, model.n_before)
     lengths = [len(e.input_ids) for e in examples]
     sums = [0.0] * len(examples)
     for micro in split_micro(range(len(examples)), lengths, _TOKENS_AT_A_TIME):

@@ -74,7 +74,7 @@ class Loop:
         self.recipe = recipe
         self.evaluate = evaluate
         self.parameters: dict[str, Tensor] = model.trainable()
-        self.optimizer = make_optimizer(self.parameters, recipe.train, folder)
+        self.optimizer = make_optimizer(self.parameters, recipe.train, folder, model.places.sites.values())
         self.schedule = Schedule([len(e.input_ids) for e in examples], recipe.train)
         self.progress = Progress()
         self._loss = find_loss(recipe.train.loss)

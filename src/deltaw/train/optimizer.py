@@ -4,35 +4,97 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from deltaw.train.optim.adamw import AdamW8, AdamW32
+from deltaw.core.site import LinearSite
+from deltaw.core.targets import ALL_LINEAR, matches
+from deltaw.errors import RecipeError, near
+from deltaw.train.optim.adamw import AdamW8, AdamW32, Rule
+from deltaw.train.optim.galore import GaLore
+from deltaw.train.optim.layout import Layout, lay_out
 from deltaw.train.optim.optimizer import Optimizer
+from deltaw.train.optim.pages import Shape
+from deltaw.train.optim.settings import OptimizerSpec
 from deltaw.train.recipe import TrainSpec
 
 
-def make_optimizer(parameters: dict[str, Tensor], spec: TrainSpec, folder: Path | None = None) -> Optimizer:
+def make_optimizer(
+    parameters: dict[str, Tensor], spec: TrainSpec, folder: Path | None = None, sites: Iterable[LinearSite] = ()
+) -> Optimizer:
     """AdamW over `parameters`; with LoRA+, every B learns `lora_plus_ratio` times as fast as the rest.
 
     Each group carries its `ratio`; weight decay is AdamW's, decoupled. Paged states lie in a file without a name in
-    `folder`, by default the system's folder for temporary files.
+    `folder`, by default the system's folder for temporary files. GaLore projects matrices at the model's `sites`.
 
-    Raises RecipeError for a budget of resident bytes that is too small, WorkFailed where the disk is full.
+    Raises RecipeError for a budget of resident bytes that is too small, for LoRA+ without any B, for GaLore's targets
+    that are not there or none above its rank; WorkFailed where the disk is full.
     """
     o = spec.optimizer
     shared = {"lr": spec.lr or 0.0, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+    groups = [{"params": of_group, "ratio": ratio, **shared} for of_group, ratio in _groups(parameters, o)]
+    where = folder if folder is not None else Path(tempfile.gettempdir())
+    rule = _rule({n: Shape.of(n, t) for n, t in parameters.items()}, o, sites)
+    return Optimizer(groups, rule, where, paged=o.paged, resident_mb=o.resident_mb)
+
+
+def plan_optimizer(parameters: dict[str, Tensor], spec: TrainSpec, sites: Iterable[LinearSite] = ()) -> Layout:
+    """How `make_optimizer` would lay out the states of these parameters on the CPU; they may be on the meta device.
+
+    Raises RecipeError as it does.
+    """
+    o = spec.optimizer
+    shapes = {n: Shape.of(n, t, "cpu") for n, t in parameters.items()}
+    rule = _rule(shapes, o, sites)
+    groups = [[shapes[n] for n in of_group] for of_group, _ in _groups(parameters, o)]
+    threads = spec.threads or torch.get_num_threads()
+    return lay_out(groups, rule, paged=o.paged, resident_mb=o.resident_mb, threads=threads)
+
+
+def _groups(parameters: dict[str, Tensor], o: OptimizerSpec) -> list[tuple[dict[str, Tensor], float]]:
+    """Parameters that learn equally fast, and how fast."""
     slow = {n: t for n, t in parameters.items() if not n.endswith(":B")}
     fast = {n: t for n, t in parameters.items() if n.endswith(":B")}
-    groups = [
-        {"params": of_group, "ratio": ratio, **shared}
-        for of_group, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio))
-        if of_group
-    ]
-    where = folder if folder is not None else Path(tempfile.gettempdir())
-    rule = AdamW8() if o.bits == 8 else AdamW32()
-    return Optimizer(groups, rule, where, paged=o.paged, resident_mb=o.resident_mb)
+    if o.name == "lora_plus" and not fast:
+        raise RecipeError("train.optimizer is lora_plus, and this method has no matrices A and B. Use name: adamw.")
+    return [(of_group, ratio) for of_group, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio)) if of_group]
+
+
+def _rule(shapes: Mapping[str, Shape], o: OptimizerSpec, sites: Iterable[LinearSite]) -> Rule:
+    adam = AdamW8() if o.bits == 8 else AdamW32()
+    if o.name != "galore":
+        return adam
+    targets = [of for of in _targets(shapes, o, list(sites)) if len(of.sizes) == 2]
+    projected = [of for of in targets if min(of.sizes) > o.rank]
+    if not projected:
+        largest = max((min(of.sizes) for of in targets), default=0)
+        raise RecipeError(
+            f"train.optimizer.rank is {o.rank}, and no matrix that galore would project has both sides above it "
+            f"(the largest shorter side is {largest}): nothing would be projected. Lower it, or use name: adamw."
+        )
+    return GaLore(adam, projected, rank=o.rank, update_every=o.update_every, scale=o.scale)
+
+
+def _targets(shapes: Mapping[str, Shape], o: OptimizerSpec, sites: list[LinearSite]) -> list[Shape]:
+    """The weights that `targets` means, in the model's order. RecipeError when a name matches none."""
+    there = [s for s in sites if f"{s.name}.weight" in shapes]
+    if o.targets == ALL_LINEAR:
+        chosen = [s for s in there if s.kind != "embedding" and not s.is_head]
+    else:
+        chosen = [s for s in there if matches(o.targets, s.name)]
+        asked: list[Any] = [o.targets] if isinstance(o.targets, str) else [[name] for name in o.targets]
+        for one in asked:
+            if not any(matches(one, s.name) for s in there):
+                name, roles = one if isinstance(one, str) else one[0], sorted({s.role for s in there})
+                raise RecipeError(
+                    f"train.optimizer.targets: {name!r} matches no weight of this model.{near(name, roles)} "
+                    f"It has: {', '.join(roles)}."
+                )
+    return [shapes[f"{s.name}.weight"] for s in chosen]
 
 
 def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:

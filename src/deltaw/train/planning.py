@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from deltaw.core.checkpoint_files import checkpoint_files
+from deltaw.core.site import LinearSite
 from deltaw.core.spec import Made
 from deltaw.data.pack import split_micro
 from deltaw.data.template import Example
@@ -24,7 +25,7 @@ from deltaw.plan.plan import Counts, Plan, count
 from deltaw.plan.rules import rules_of_thumb
 from deltaw.plan.trace import traced
 from deltaw.train.loss import find_loss
-from deltaw.train.optim.adamw import AdamW8, AdamW32
+from deltaw.train.optimizer import plan_optimizer
 from deltaw.train.recipe import Recipe, TrainSpec
 from deltaw.train.step import mean_loss, step_gradient
 
@@ -70,6 +71,7 @@ class Planner:
         self.runtime = (resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
         self._models: dict[Base, tuple[Model, Counts]] = {}
         self._traces: dict[tuple[Any, ...], dict[str, int]] = {}
+        self._optimizers: dict[tuple[Any, ...], int] = {}
 
     def base_of(self, recipe: Recipe) -> Base:
         """The base as the recipe keeps it; a base saved in 4 bits is kept as it is."""
@@ -87,7 +89,7 @@ class Planner:
         recipe = self.recipe if recipe is None else recipe
         base = self.base_of(recipe)
         model, counts = self._model(base, recipe)
-        counts = replace(counts, optimizer=optimizer_bytes(model.trainable(), recipe.train))
+        counts = replace(counts, optimizer=self._optimizer(base, model, recipe.train))
         kept = {"weights": counts.weights, "constants": counts.constants, "runtime": self.runtime}
         attached = kept | {"adapter": counts.adapter, "optimizer": counts.optimizer}
         moments = {
@@ -100,6 +102,12 @@ class Planner:
             moments["evaluation"] = attached | self._evaluation(base, model, recipe.train)
         return Plan(recipe.base.path, counts, moments, self._settings(base, recipe), rules=rules_of_thumb(counts))
 
+    def _optimizer(self, base: Base, model: Model, train: TrainSpec) -> int:
+        key = base, train.optimizer, train.threads
+        if key not in self._optimizers:
+            self._optimizers[key] = optimizer_bytes(model.trainable(), train, model.places.sites.values())
+        return self._optimizers[key]
+
     def _model(self, base: Base, recipe: Recipe) -> tuple[Model, Counts]:
         if base not in self._models:
             if recipe.adapter.trains_base and base.format != "dense":
@@ -107,8 +115,12 @@ class Planner:
             model = planned_model(base, recipe.adapter)
             limit = max_positions(model.net)
             longest = max(n for n, _ in self.work.step)
-            if limit is not None and longest > limit:
-                raise BaseError(f"rows of {longest} tokens, and this base has {limit} positions: use {limit} or fewer.")
+            if limit is not None and longest + model.n_before > limit:
+                beside = f" beside {model.n_before} virtual tokens" if model.n_before else ""
+                raise BaseError(
+                    f"rows of {longest} tokens, and this base has {limit} positions{beside}: "
+                    f"use {limit - model.n_before} or fewer."
+                )
             self._models[base] = model, count(model.net, model.trainable(), *held_and_stored(model))
         return self._models[base]
 
@@ -216,11 +228,9 @@ def _examples(documents: Documents) -> list[Example]:
     return [Example((0,) * n, tuple(i >= n - t for i in range(n)), "planned") for n, t in documents]
 
 
-def optimizer_bytes(parameters: dict[str, Tensor], train: TrainSpec) -> int:
-    """Bytes of the optimizer's states in memory; when paged, those that stay and the buffers."""
-    o = train.optimizer
-    rule = AdamW8() if o.bits == 8 else AdamW32()
-    states = sum(kind.n_bytes for name, t in parameters.items() for kind in rule.kinds(name, t))
-    if not o.paged:
-        return states
-    return min(states, round(states / 4 if o.resident_mb is None else o.resident_mb * 1e6))
+def optimizer_bytes(parameters: dict[str, Tensor], train: TrainSpec, sites: Iterable[LinearSite] = ()) -> int:
+    """Bytes of the optimizer's states in memory; when paged, those that stay, the buffers and the scratch.
+
+    It is what `Optimizer.resident_bytes` then says. Raises RecipeError for settings that the optimizer would refuse.
+    """
+    return plan_optimizer(parameters, train, sites).resident_bytes

@@ -16,6 +16,7 @@ from deltaw.data.spec import DataSpec
 from deltaw.errors import RecipeError, near
 from deltaw.formats import BLOCKS, FORMATS
 from deltaw.methods import spec_from
+from deltaw.train.optim.settings import OptimizerSpec
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,36 +44,6 @@ class BaseSpec(BaseModel):
             raise ValueError("block and double_quant belong to a quantised format; add format: nf4, or remove them")
         if self.block not in BLOCKS:
             raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, not {self.block}")
-        return self
-
-
-class OptimizerSpec(BaseModel):
-    """AdamW's settings.
-
-    lora_plus_ratio   B's learning rate over A's (LoRA+, arXiv:2402.12354; 16 there)
-    paged             keep states in a file, in pages; the result is the same bit for bit
-    resident_mb       of states and buffers in memory when paged (10^6 bytes); None: a quarter of the states
-    bits              of the states; 8: by blocks of 256 values (arXiv:2110.02861)
-    """
-
-    model_config = _STRICT
-
-    name: Literal["adamw"] = "adamw"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    lora_plus_ratio: float = 1.0
-    paged: bool = False
-    resident_mb: float | None = None
-    bits: Literal[32, 8] = 32
-
-    @model_validator(mode="after")
-    def _budget_is_for_pages(self) -> OptimizerSpec:
-        mb = self.resident_mb
-        if mb is not None and not self.paged:
-            raise ValueError(f"resident_mb is {mb:g}, and states are not paged; add paged: true, or remove it")
-        if mb is not None and not (math.isfinite(mb) and mb > 0):
-            raise ValueError(f"resident_mb must be a finite number above 0, not {mb}")
         return self
 
 
@@ -224,6 +195,21 @@ class Recipe(BaseModel):
             object.__setattr__(self, "train", train)
         return self
 
+    @model_validator(mode="after")
+    def _optimizer_suits_the_method(self) -> Recipe:
+        o, method = self.train.optimizer, type(self.adapter)
+        if o.name == "galore" and not method.trains_base:
+            raise ValueError(
+                f"train.optimizer is galore, and adapter.method is {method.name!r}: GaLore projects gradients of the "
+                "base's own weights. Use method: full, or name: adamw (a method's own parameters are few)"
+            )
+        if o.lora_plus_ratio != 1 and method.trains_base:
+            raise ValueError(
+                f"train.optimizer.lora_plus_ratio is {o.lora_plus_ratio:g}, and method {method.name!r} trains the "
+                "base's own weights, which have no A and B; use name: adamw"
+            )
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The recipe as plain data; `load_recipe` reads it back to an equal recipe."""
         return {**self.model_dump(mode="json"), "adapter": self.adapter.model_dump(mode="json")}
@@ -331,7 +317,7 @@ def _explain(error: ValidationError) -> str:
         else:
             given = item.get("input")
             found = "" if isinstance(given, dict) else f" (got {given!r})"
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{found}.")
+            lines.append(f"{where}{': ' if where else ''}{item['msg'].removeprefix('Value error, ')}{found}.")
     return " ".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deltaw.data.pack import Batch, collate, split_micro
 from deltaw.data.source import Row, data_hash, read_rows
 from deltaw.data.template import Encoded, encode_all
 from deltaw.errors import RecipeError, RunError
@@ -41,6 +42,9 @@ from deltaw.train.planning import Planner
 from deltaw.train.recipe import Recipe, load_recipe
 from deltaw.train.sinks import MetricsFile, TensorBoard
 from deltaw.train.step import mean_loss
+
+CALIBRATION_TOKENS = 65_536
+"""Of training rows that are read before the first step by a method that starts from them."""
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 
@@ -126,9 +130,10 @@ def _train(
     if was_there and finished.exists():
         yield _done_before(out, finished, "model" if recipe.adapter.trains_base else "adapter")
         return
-    model.attach(recipe.adapter, seed=recipe.train.seed)
+    calibration = _calibration(model, recipe, rows) if recipe.adapter.calibrates else ()
+    model.attach(recipe.adapter, seed=recipe.train.seed, calibration=calibration)
     encoded = encode_all(rows, model.tokenizer, recipe.data)
-    refuse_beyond(model.net, encoded.examples)
+    refuse_beyond(model.net, encoded.examples, model.n_before)
     evaluate = _evaluation(model, recipe, valid, labels)
     loop = Loop(model, encoded.examples, recipe, evaluate, out)
     begin_run(out, identity)  # only now: a folder is not taken by a recipe that cannot run
@@ -151,6 +156,20 @@ def _train(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _calibration(model: Model, recipe: Recipe, rows: list[Row]) -> list[Batch]:
+    """The first steps' worth of rows, for a method that starts from what its places read."""
+    encoded = encode_all(rows, model.tokenizer, recipe.data).examples
+    refuse_beyond(model.net, encoded)
+    most, tokens = CALIBRATION_TOKENS, 0
+    for n, example in enumerate(encoded, 1):
+        tokens += len(example.input_ids)
+        if tokens >= most:
+            encoded = encoded[:n]
+            break
+    lengths = [len(e.input_ids) for e in encoded]
+    return [collate([encoded[i] for i in part]) for part in split_micro(range(len(encoded)), lengths, 2048)]
 
 
 def _done_before(out: Path, finished: Path, what: str) -> Done:
@@ -180,7 +199,7 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
         return None
     loss_of = find_loss(recipe.train.loss)
     examples = encode_all(valid, model.tokenizer, recipe.data).examples
-    refuse_beyond(model.net, examples)
+    refuse_beyond(model.net, examples, model.n_before)
     rows = valid[: spec.limit] if spec.limit else valid
     if spec.metric != "loss":
         check_rows(rows, spec.metric, labels)

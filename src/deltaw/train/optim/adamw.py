@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw.errors import RecipeError
 from deltaw.train.optim.dynamic import BLOCK, DynamicMap, Scratch
-from deltaw.train.optim.pages import Kind
+from deltaw.train.optim.pages import Kind, Shape
 from deltaw.train.optim.store import States
 
 CHUNK = 32768
@@ -29,19 +29,24 @@ class Piece(NamedTuple):
     """A part of a parameter, flat; all of it changes in place but the gradient and `step`.
 
     step   [] float32, on the parameter's device: updates of the parameter, this one counted
+    whole  the sizes of the whole parameter
     """
 
     value: Tensor
     grad: Tensor
     step: Tensor
     states: States
+    whole: tuple[int, ...]
 
 
 class Rule(Protocol):
-    """How an optimizer changes a part of a parameter, element by element."""
+    """How an optimizer changes a part of a parameter, element by element, or all of it at once."""
 
-    def kinds(self, name: str, parameter: Tensor) -> tuple[Kind, ...]:
+    def kinds(self, of: Shape) -> tuple[Kind, ...]:
         """The states it keeps for a parameter; they begin as zeros."""
+
+    def takes_whole(self, of: Shape) -> bool:
+        """Whether an update needs all of a parameter's elements at once."""
 
     def scratch_bytes(self, n: int) -> int:
         """What an update of pages of n elements holds beside them, in each thread."""
@@ -57,9 +62,11 @@ class AdamW32:
     every element is in the same place of a vector, or of the rest, as in the whole tensor.
     """
 
-    def kinds(self, name: str, parameter: Tensor) -> tuple[Kind, ...]:
-        n, dtype = parameter.numel(), parameter.dtype
-        return Kind("exp_avg", dtype, n), Kind("exp_avg_sq", dtype, n)
+    def kinds(self, of: Shape) -> tuple[Kind, ...]:
+        return Kind("exp_avg", of.dtype, of.n), Kind("exp_avg_sq", of.dtype, of.n)
+
+    def takes_whole(self, of: Shape) -> bool:
+        return False
 
     def scratch_bytes(self, n: int) -> int:
         return 0
@@ -81,14 +88,14 @@ class AdamW8:
         self._plain = AdamW32()
         self._local = threading.local()
 
-    def kinds(self, name: str, parameter: Tensor) -> tuple[Kind, ...]:
-        n = parameter.numel()
+    def kinds(self, of: Shape) -> tuple[Kind, ...]:
+        n = of.n
         if n < FROM:
-            return self._plain.kinds(name, parameter)
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            return self._plain.kinds(of)
+        if of.dtype != torch.float32 or of.device != "cpu":
             raise RecipeError(
-                f"train.optimizer.bits is 8, and {name} is {str(parameter.dtype).removeprefix('torch.')} on "
-                f"{parameter.device.type}: states of 8 bits are for float32 parameters on the CPU. Use bits=32."
+                f"train.optimizer.bits is 8, and {of.name} is {str(of.dtype).removeprefix('torch.')} on "
+                f"{of.device}: states of 8 bits are for float32 parameters on the CPU. Use bits=32."
             )
         return tuple(
             kind
@@ -98,6 +105,9 @@ class AdamW8:
                 Kind(f"{state}_absmax", torch.float32, -(-n // BLOCK), BLOCK),
             )
         )
+
+    def takes_whole(self, of: Shape) -> bool:
+        return False
 
     def scratch_bytes(self, n: int) -> int:
         return min(n, CHUNK) * (Scratch.bytes_per_value + 8)

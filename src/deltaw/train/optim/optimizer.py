@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.errors import RecipeError, RunError
+from deltaw.errors import RunError
 from deltaw.train.optim.adamw import Piece, Rule
-from deltaw.train.optim.pages import PAGE, Page, choose_pages, cut
+from deltaw.train.optim.layout import lay_out
+from deltaw.train.optim.pages import Shape
 from deltaw.train.optim.store import Paged, Resident, States, Store
-from deltaw.train.optim.workers import MOST, Workers
-
-_WHOLE = 1 << 62
+from deltaw.train.optim.workers import Workers
 
 
 class Optimizer:
@@ -43,39 +42,23 @@ class Optimizer:
         self.param_groups = [{**g, "params": list(g["params"].values())} for g in groups]
         self.moved_bytes: int | None = 0 if paged else None
         self._rule = rule
-        names = [n for g in groups for n in g["params"]]
-        self._kinds = [rule.kinds(n, t) for n, t in zip(names, self._parameters, strict=True)]
+        shapes = [[Shape.of(n, t) for n, t in g["params"].items()] for g in groups]
+        layout = lay_out(shapes, rule, paged=paged, resident_mb=resident_mb, threads=torch.get_num_threads())
+        self._kinds, self._pages = layout.kinds, layout.pages
         self._steps = [torch.zeros((), dtype=torch.float32, device=t.device) for t in self._parameters]
         assert all(t.is_contiguous() for t in self._parameters)
-        on_cpu = all(t.device.type == "cpu" for t in self._parameters)
-        threads = min(torch.get_num_threads(), MOST)
-        if paged and not on_cpu:
-            raise RecipeError(
-                "train.optimizer.paged is for parameters on the CPU. Remove it: on another device states stay there."
-            )
-        self._workers = Workers(threads + 1 if paged else threads if on_cpu and threads > 1 else 0)
-        budget = None if resident_mb is None else resident_mb * 1e6
-        n_slots = self._workers.n_slots
-        chosen = choose_pages(self._cut, self._kinds, budget, n_slots, rule.scratch_bytes) if paged else None
-        if chosen is not None:
-            self._pages, stay = chosen
-            self._store: Store = Paged(self._pages, self._kinds, stay, n_slots, folder)
-        else:
-            self._pages = self._cut(PAGE if on_cpu else _WHOLE)
+        self._workers = Workers(layout.n_workers)
+        self._scratch_bytes = layout.scratch_bytes
+        self._store: Store
+        if layout.stay is None:
             self._store = Resident(self._pages, self._kinds, [t.device for t in self._parameters])
-        self._largest = max((stop - start for page in self._pages for _, start, stop in page), default=0)
-
-    def _cut(self, most: int) -> list[Page]:
-        """Pages of at most `most` elements; none holds parameters of two groups."""
-        numbered = list(enumerate(t.numel() for t in self._parameters))
-        of_groups = ([s for s in numbered if self._group_of[s[0]] == g] for g in range(len(self.param_groups)))
-        return [page for sizes in of_groups for page in cut(sizes, most)]
+        else:
+            self._store = Paged(self._pages, self._kinds, layout.stay, self._workers.n_slots, folder)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of states in memory, and of buffers and scratch for pages where they are paged."""
-        scratch = self._workers.n_slots * self._rule.scratch_bytes(self._largest) if self.moved_bytes is not None else 0
-        return self._store.resident_bytes + scratch
+        return self._store.resident_bytes + self._scratch_bytes
 
     @torch.no_grad()
     def step(self) -> None:
@@ -94,7 +77,13 @@ class Optimizer:
             segments = self._pages[page]
             states = self._store.open(page, slot)
             pieces = [
-                Piece(_part(flat[i][0], start, stop), _part(grad, start, stop), self._steps[i], of_segment)
+                Piece(
+                    _part(flat[i][0], start, stop),
+                    _part(grad, start, stop),
+                    self._steps[i],
+                    of_segment,
+                    tuple(self._parameters[i].shape),
+                )
                 for (i, start, stop), of_segment in zip(segments, states, strict=True)
                 if (grad := flat[i][1]) is not None
             ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from deltaw.errors import RecipeError
 
@@ -18,21 +20,45 @@ _CUT = 256  # pages begin at multiples of it within a parameter: whole blocks of
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What is known of a parameter before there is one.
+
+    device   the kind of device it is on when it is trained: "cpu", "cuda"
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, device: str | None = None) -> Shape:
+        """That of a tensor, which may be trained on another device than it is on now."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, device or tensor.device.type)
+
+    @property
+    def n(self) -> int:
+        """Its elements."""
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True)
 class Kind:
     """One flat state of a parameter.
 
     size   elements of the state
-    per    elements of the parameter that share one element of the state
+    per    elements of the parameter that share one element of the state; None: it belongs to the parameter as a whole,
+           which is never cut
     """
 
     name: str
     dtype: torch.dtype
     size: int
-    per: int = 1
+    per: int | None = 1
 
     def part(self, start: int, stop: int) -> tuple[int, int]:
         """The state's elements for the parameter's elements start .. stop."""
-        return start // self.per, -(-stop // self.per)
+        return (0, self.size) if self.per is None else (start // self.per, -(-stop // self.per))
 
     @property
     def n_bytes(self) -> int:
@@ -50,16 +76,21 @@ class Segment(NamedTuple):
 Page = tuple[Segment, ...]
 
 
-def cut(sizes: Sequence[tuple[int, int]], most: int) -> list[Page]:
+def cut(sizes: Sequence[tuple[int, int]], most: int, whole: Collection[int] = ()) -> list[Page]:
     """Pages of at most `most` elements over parameters given as (number, elements), in their order.
 
-    `most` is a multiple of 256. A parameter is cut at multiples of 256 only, small ones share a page.
+    `most` is a multiple of 256. A parameter is cut at multiples of 256 only, small ones share a page; each of the
+    numbers in `whole` is a page by itself, however large.
     """
     pages: list[Page] = []
     page: list[Segment] = []
     room = most
     for parameter, n in sizes:
         start = 0
+        if parameter in whole:
+            pages += [tuple(page)] if page else []
+            pages.append((Segment(parameter, 0, n),))
+            page, room, start = [], most, n
         while start < n:
             stop = n if n - start <= room else start + room // _CUT * _CUT
             if stop > start:
@@ -134,7 +165,9 @@ def choose_pages(
     pages, sizes, held = _held(cut_to, kinds, most, n_slots, scratch_bytes)
     while most > SMALLEST_PAGE and held > budget / 3:
         most //= 2
-        pages, sizes, held = _held(cut_to, kinds, most, n_slots, scratch_bytes)
+        smaller = _held(cut_to, kinds, most, n_slots, scratch_bytes)
+        if smaller[2] < held:  # not where a parameter that is never cut needs the most
+            pages, sizes, held = smaller
     if held > budget and budget_bytes is not None:
         raise RecipeError(
             f"train.optimizer.resident_mb is {budget / 1e6:g}, and the buffers of {n_slots} pages need "

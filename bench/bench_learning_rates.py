@@ -1,0 +1,130 @@
+"""Which learning rate suits each method by default?
+
+The naive answer it must beat: one rate for all (LoRA's 5e-4). What would change our mind: a method whose best rate at
+this budget is at an end of its grid, or loses to its neighbour on another seed.
+
+    .venv/bin/python bench/bench_learning_rates.py [--methods lora vera] [--tokens 15000] [--seed 0]
+
+Trains each method on supersense at each rate of its grid, for one budget of tokens, and prints the loss and the exact
+matches on validation rows; appends a JSON row each to bench/results/learning_rates.jsonl. docs/methods/index.md has
+the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from method_settings import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data" / "supersense"
+GRIDS: dict[str, list[float]] = {
+    "full": [1e-5, 3e-5, 1e-4, 3e-4],
+    "galore": [1e-4, 3e-4, 1e-3, 3e-3],
+    "lora": [2e-4, 5e-4, 1e-3, 2e-3],
+    "lora+": [5e-5, 2e-4, 5e-4, 1e-3],
+    "pissa": [5e-5, 2e-4, 5e-4, 1e-3],
+    "qlora": [2e-4, 5e-4, 1e-3, 2e-3],
+    "dora": [2e-4, 5e-4, 1e-3, 2e-3],
+    "longlora": [1e-4, 2e-4, 5e-4, 1e-3],
+    "vera": [3e-3, 1e-2, 3e-2, 1e-1],
+    "ia3": [3e-3, 1e-2, 3e-2, 1e-1],
+    "bitfit": [1e-3, 3e-3, 1e-2, 3e-2],
+    "houlsby": [3e-4, 1e-3, 3e-3, 1e-2],
+    "parallel": [3e-4, 1e-3, 3e-3, 1e-2],
+    "prefix": [3e-3, 1e-2, 3e-2, 1e-1],
+    "ptuning": [1e-3, 3e-3, 1e-2, 3e-2],
+    "prompt": [1e-2, 3e-2, 1e-1, 3e-1],
+}
+
+
+def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
+    """Train and judge once, in this process."""
+    import deltaw
+    from deltaw.data.source import read_rows
+    from deltaw.data.spec import DataSpec
+    from deltaw.data.template import encode_all
+    from deltaw.train.evaluate import evaluate_rows
+    from deltaw.train.loss import sft
+    from deltaw.train.step import mean_loss
+
+    chosen = METHODS[label]
+    spec = DataSpec(max_tokens=512)
+    recipe = {
+        "base": {"path": "smollm2-135m-instruct", "dtype": "auto", **chosen.get("base", {})},
+        "adapter": chosen["adapter"],
+        "data": {"max_tokens": 512},
+        "train": {
+            "steps": max(1, round(tokens / 1024)),
+            "tokens_per_step": 1024,
+            "lr": lr,
+            "seed": seed,
+            "save_every_s": 1e6,
+            **chosen.get("train", {}),
+        },
+        "eval": {"keep": "last"},
+    }
+    valid = read_rows(DATA / "valid.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        *_, done = deltaw.train(recipe, Path(folder) / "run", train_rows=DATA / "train.jsonl")
+        b = recipe["base"]
+        if done.adapter:
+            model = deltaw.load_base(
+                b["path"], b.get("format", "dense"), b["dtype"], double_quant=b.get("double_quant", False)
+            )
+            model.attach(done.adapter)
+        else:
+            model = deltaw.load_base(done.model, dtype=b["dtype"])
+        examples = encode_all(valid, model.tokenizer, spec).examples
+        loss = mean_loss(model, examples, sft)
+        exact = evaluate_rows(model, valid[:100], "exact", spec)["value"]
+    return {"loss": loss, "exact": exact, "seconds": done.seconds, "tokens": done.tokens}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    p.add_argument("--rates", type=float, nargs="+", help="instead of the method's grid")
+    p.add_argument("--tokens", type=int, default=15_000)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--one", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one:
+        print(json.dumps(one(args.one, args.rates[0], args.tokens, args.seed)))
+        return
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    for label in args.methods:
+        for lr in args.rates or GRIDS[label]:
+            command = [sys.executable, __file__, "--one", label, "--rates", str(lr)]
+            command += ["--tokens", str(args.tokens), "--seed", str(args.seed)]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            if ended.returncode:
+                lines = ended.stderr.strip().splitlines() or ["no message"]
+                found: dict[str, Any] = {"failed": lines[-1]}  # a rate at which the loss is not finite is a result
+                print(f"{label:10} {lr:8g}  {found['failed'][:90]}", flush=True)
+            else:
+                found = json.loads(ended.stdout.strip().splitlines()[-1])
+                print(f"{label:10} {lr:8g}  loss {found['loss']:.4f}  exact {found['exact']:.2f}", flush=True)
+            row = {
+                "bench": "learning_rates",
+                "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "commit": git.stdout.strip() or None,
+                "method": label,
+                "settings": METHODS[label],
+                "lr": lr,
+                "seed": args.seed,
+                **found,
+            }
+            with open(ROOT / "bench" / "results" / "learning_rates.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

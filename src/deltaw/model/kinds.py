@@ -1,0 +1,159 @@
+"""Which kind of base a folder is: a causal language model, an encoder-decoder, or an encoder that classifies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from deltaw.data.task import Kind, read_labels
+from deltaw.errors import BaseError
+
+AUTO: dict[Kind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classify": AutoModelForSequenceClassification,
+}
+NAMES: dict[Kind, str] = {
+    "causal": "causal language model",
+    "seq2seq": "encoder-decoder",
+    "classify": "text classifier",
+}
+HEADS = ("classifier", "score")
+"""What PEFT takes for a classifier's head, and trains beside every method."""
+
+_CLASSIFIES = "ForSequenceClassification"
+_GIVE_LABELS = (
+    "Give labels to classify with it: data.labels in a recipe, --labels, or load_base(..., labels=[...]). "
+    "To go on with texts, give a causal language model."
+)
+
+
+def kind_of(net: PreTrainedModel) -> Kind:
+    """What a network computes."""
+    if type(net).__name__.endswith(_CLASSIFIES):
+        return "classify"
+    return "seq2seq" if getattr(net.config, "is_encoder_decoder", False) else "causal"
+
+
+def folder_kind(config: Mapping[str, Any], labels: Sequence[str] | None, where: Path | str) -> Kind:
+    """What the folder with this config.json is loaded as; with `labels` anything but an encoder-decoder classifies.
+
+    Raises BaseError for an encoder without a head and without labels, a head that is no classifier of one label a text,
+    labels for an encoder-decoder, or others than the folder's head has.
+    """
+    declared = [str(name) for name in config.get("architectures") or ()]
+    named = ", ".join(declared) or str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        if labels is not None or _has_head(config):
+            raise BaseError(f"{where} is an encoder-decoder ({named}): it answers in words, and cannot classify here.")
+        return "seq2seq"
+    if _has_head(config):
+        _check_head(config, labels, where)
+        return "classify"
+    if labels is None and wants_labels(config):
+        what = "a masked language model" if named.endswith("ForMaskedLM") else "an encoder"
+        raise BaseError(f"{where} is {what} ({named}): it has no head that answers.\n  {_GIVE_LABELS}")
+    return "causal" if labels is None else "classify"
+
+
+def wants_labels(config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json classifies, by its own head or by one that is to be learned."""
+    if config.get("is_encoder_decoder"):
+        return False
+    declared = [str(name) for name in config.get("architectures") or ()]
+    bare = all(name.endswith(("Model", "ForMaskedLM", "ForPreTraining")) for name in declared)
+    is_encoder = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    return _has_head(config) or (bare and is_encoder)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    return any(str(name).endswith(_CLASSIFIES) for name in config.get("architectures") or ())
+
+
+def _check_head(config: Mapping[str, Any], labels: Sequence[str] | None, where: Path | str) -> None:
+    names = [str(name) for name in (config.get("id2label") or {}).values()] or ["LABEL_0", "LABEL_1"]
+    problem = config.get("problem_type")
+    if len(names) < 2 or problem not in (None, "single_label_classification"):
+        what = problem or "regression: it has one output"
+        raise BaseError(f"the head of {where} does not choose one of several labels ({what}): that is not supported.")
+    if labels is None or list(labels) == names:
+        return
+    if len(labels) != len(names) or not all(name.startswith("LABEL_") for name in names):
+        raise BaseError(
+            f"{where} has a head for {len(names)} labels ({', '.join(names[:6])}), and {len(labels)} others were given "
+            f"({', '.join(labels[:6])}).\n  Leave the labels out, or give the encoder without its head."
+        )
+
+
+def with_labels(config: Any, labels: Sequence[str] | None) -> Any:
+    """`config` with `labels`, changed in place; None leaves its own. Raises DataError for labels that are no list."""
+    if labels is not None:
+        names = read_labels(tuple(labels))
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    return config
+
+
+def labels_of(net: PreTrainedModel) -> tuple[str, ...]:
+    """The labels of a classifier, by their numbers; none of another kind."""
+    if kind_of(net) != "classify":
+        return ()
+    return tuple(str(net.config.id2label[i]) for i in range(net.config.num_labels))
+
+
+# The head ------------------------------------------------------------------------------------------
+
+
+def not_in(net: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Of a folder's tensors that `net` does not have, those that are no other head's: they should have found a place."""
+    prefix = net.base_model_prefix
+    inside = {name for name, _ in net.base_model.named_children()}
+    return [k for k in unexpected if k.split(".")[0] in {prefix, *inside} and "pooler" not in k.split(".")]
+
+
+@torch.no_grad()
+def make_head(net: PreTrainedModel, missing: Iterable[str], seed: int) -> list[str]:
+    """Draw the tensors that the folder has none of: those of the head and of the pooler before it.
+
+    missing  their names. They are kept in `net.fresh_tensors`
+    returns  names of missing tensors that belong to the encoder itself; they are left alone
+
+    Matrices are normal with the config's `initializer_range`; biases and norms start as transformers starts them.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = dict(net.named_parameters())
+    wanted = set(missing)
+    outside = {n for n in tensors if not n.startswith(net.base_model_prefix + ".") or "pooler" in n.split(".")}
+    std = float(getattr(net.config, "initializer_range", 0.02))
+    for name in (n for n in tensors if n in wanted & outside and tensors[n].ndim > 1):
+        tensors[name].copy_(torch.randn(tensors[name].shape, generator=rng) * std)
+    net.fresh_tensors = tuple(n for n in tensors if n in wanted & outside)
+    return sorted(wanted - outside)
+
+
+def fresh_tensors(net: PreTrainedModel) -> tuple[str, ...]:
+    """The tensors of `net` that no checkpoint holds: a head to be learned."""
+    return getattr(net, "fresh_tensors", ())
+
+
+def head_modules(net: PreTrainedModel) -> tuple[str, ...]:
+    """The modules of a classifier that train whole beside every method: its head, and what is fresh."""
+    if kind_of(net) != "classify":
+        return ()
+    children = [name for name, _ in net.named_children()]
+    found = [head for head in HEADS if any(name.endswith(head) for name in children)]
+    for name in (tensor.rpartition(".")[0] for tensor in fresh_tensors(net)):
+        if name not in found and not name.split(".")[0].endswith(HEADS):
+            found.append(name)
+    return tuple(found)
