@@ -6,14 +6,15 @@ this budget is at an end of its grid, or loses to its neighbour on another seed.
     .venv/bin/python bench/bench_learning_rates.py [--methods lora vera] [--tokens 15000] [--seed 0]
 
 Trains each method on supersense at each rate of its grid, for one budget of tokens, and prints the loss and the exact
-matches on validation rows; appends a JSON row each to bench/results/learning_rates.jsonl. docs/methods/index.md has
-the table.
+matches on validation rows; appends a JSON row each to bench/results/learning_rates.jsonl. `--table` writes the newest
+rows into docs/methods/index.md, between their marks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from method_settings import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "supersense"
+RESULTS = ROOT / "bench" / "results" / "learning_rates.jsonl"
+MARKS = re.compile(r"(<!-- rates: begin -->\n).*?(<!-- rates: end -->)", re.DOTALL)
 GRIDS: dict[str, list[float]] = {
     "full": [1e-5, 3e-5, 1e-4, 3e-4],
     "galore": [1e-4, 3e-4, 1e-3, 3e-3],
@@ -88,16 +91,48 @@ def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
     return {"loss": loss, "exact": exact, "seconds": done.seconds, "tokens": done.tokens}
 
 
+def write_table() -> None:
+    """Loss and exact matches at each rate, one line a method, between the marks of docs/methods/index.md."""
+    from deltaw.methods import method_class
+    from deltaw.train.optim.settings import RATES
+
+    newest = {}
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        newest[row["method"], row["lr"]] = row
+    lines = ["| method | default | validation loss (exact matches) at each rate |", "|---|---|---|"]
+    for label in GRIDS:
+        rates = sorted(lr for name, lr in newest if name == label)
+        if not rates:
+            continue
+        optimizer = METHODS[label].get("train", {}).get("optimizer", {}).get("name")
+        default = RATES.get(optimizer, method_class(METHODS[label]["adapter"]["method"]).lr)
+        cells = []
+        for lr in rates:
+            row = newest[label, lr]
+            cells.append(f"{lr:g}: " + ("not finite" if "failed" in row else f"{row['loss']:.2f} ({row['exact']:.2f})"))
+        lines.append(f"| {label} | `{default:g}` | {'; '.join(cells)} |")
+    page = ROOT / "docs" / "methods" / "index.md"
+    text = page.read_text(encoding="utf-8")
+    assert MARKS.search(text), f"{page} has no marks"
+    table = "\n".join(lines)
+    page.write_text(MARKS.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     p.add_argument("--rates", type=float, nargs="+", help="instead of the method's grid")
     p.add_argument("--tokens", type=int, default=15_000)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--table", action="store_true", help="only write the table")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
         print(json.dumps(one(args.one, args.rates[0], args.tokens, args.seed)))
+        return
+    if args.table:
+        write_table()
         return
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     for label in args.methods:
@@ -122,7 +157,7 @@ def main() -> None:
                 "seed": args.seed,
                 **found,
             }
-            with open(ROOT / "bench" / "results" / "learning_rates.jsonl", "a") as file:
+            with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
 

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "parallel": {"adapter": {"method": "houlsby", "bottleneck": 64, "placement": "parallel"}},
     "prefix": {"adapter": {"method": "prefix", "n_tokens": 20}},
     "ptuning": {"adapter": {"method": "ptuning", "n_tokens": 20}},
-    "prompt": {"adapter": {"method": "prompt", "n_tokens": 20, "init": "vocabulary"}},
+    "prompt": {"adapter": {"method": "prompt", "n_tokens": 20}},
 }
 LORA_LIKE = ("lora", "lora+", "pissa", "qlora", "dora", "longlora")
 """Those that must come within 0.03 of full fine-tuning."""

@@ -31,8 +31,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"bottleneck": 7, "act": "gelu", "scale": 0.7, "placement": "pfeiffer"},
         {"bottleneck": 3, "act": "tanh", "scale": 1.5, "placement": "parallel"},
     ],
-    "prompt": [{"n_tokens": 5}, {"n_tokens": 4, "start": "vocabulary"}],
-    "prefix": [{"n_tokens": 5}, {"n_tokens": 4, "projection": True, "hidden": 7}],
+    "prompt": [{"n_tokens": 5}, {"n_tokens": 4, "start": "random"}],
+    "prefix": [{"n_tokens": 5, "projection": False}, {"n_tokens": 4, "projection": True, "hidden": 7}],
     "ptuning": [{"n_tokens": 5, "hidden": 9}, {"n_tokens": 4, "encoder": "lstm", "hidden": 3, "depth": 3}],
 }
 NEEDS = ("needs_bias", "needs_rope")  # not settings: on which networks the case makes sense

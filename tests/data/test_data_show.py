@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import deltaw.data
 from deltaw.cli.data import app
 from deltaw.data import DataSpec, Encoded, Example, Row, encode, encode_all, length_statistics, marked
+from deltaw.data.task import CAUSAL
 from deltaw.errors import DataError
 
 
@@ -95,6 +96,8 @@ def recipe(monkeypatch, tmp_path, words):
 
     monkeypatch.setitem(sys.modules, "deltaw.train.recipe", types.SimpleNamespace(load_recipe=load_recipe))
     monkeypatch.setitem(sys.modules, "deltaw.model.load", types.SimpleNamespace(load_tokenizer=load_tokenizer))
+    base = types.SimpleNamespace(task_before=lambda path, labels: CAUSAL)
+    monkeypatch.setitem(sys.modules, "deltaw.model.base", base)
     return path, asked
 
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from deltaw.data.source import read_rows
 from deltaw.data.spec import DataSpec
+from deltaw.data.task import read_labels
 from deltaw.data.template import encode, prompt_ids
 from deltaw.errors import DataError, RecipeError
 from deltaw.model.base import load_base
 from deltaw.model.generate import Sampling, end_tokens, generate
 from deltaw.model.model import Model
-from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows, read_labels
+from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows
 
 SPEC = DataSpec(max_tokens=128)
 LABELS = ["yes", "no", "maybe"]

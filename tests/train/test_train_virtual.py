@@ -27,7 +27,7 @@ N = 5
 METHODS = {
     "prompt": {"method": "prompt", "n_tokens": N},
     "prompt from a text": {"method": "prompt", "n_tokens": N, "start": "text", "start_text": "yes or no"},
-    "prefix": {"method": "prefix", "n_tokens": N},
+    "prefix": {"method": "prefix", "n_tokens": N, "projection": False},
     "prefix with a projection": {"method": "prefix", "n_tokens": N, "projection": True, "hidden": 7},
     "ptuning": {"method": "ptuning", "n_tokens": N, "hidden": 9},
     "ptuning by lstm": {"method": "ptuning", "n_tokens": N, "encoder": "lstm", "hidden": 16, "dropout": 0.1},
@@ -112,7 +112,7 @@ def test_positions_fit_exactly() -> None:
     with pytest.raises(DataError, match="row: 59 tokens behind 6 virtual tokens"):
         refuse_beyond(net, [row], 6)
     model = Model(net)
-    for settings in (deltaw.methods.Prompt(n_tokens=5), deltaw.methods.PrefixTuning(n_tokens=5)):
+    for settings in (deltaw.methods.Prompt(n_tokens=5), deltaw.methods.PrefixTuning(n_tokens=5, projection=False)):
         model.attach(settings)
         assert log_likelihoods(model, [row])[0] < 0
         model.detach()

@@ -88,7 +88,7 @@ def test_learned_positions_count_virtual_tokens(kind, method):
 
 def test_a_state_without_keys_refuses_a_prefix_by_name():
     model = other("recurrent_gemma")
-    model.attach(PrefixTuning(n_tokens=N))
+    model.attach(PrefixTuning(n_tokens=N, projection=False))
     with pytest.raises(AdapterError, match=r"RecurrentGemmaForCausalLM does not read plain keys and values"):
         generate(model, PROMPTS, 3)
 

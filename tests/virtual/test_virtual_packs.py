@@ -228,7 +228,7 @@ def test_a_model_whose_layers_differ_is_refused_by_name():
     for kind in ("llama", "bloom"):
         model = wear("llama", "prefix") if kind == "llama" else other("bloom")
         if kind == "bloom":
-            model.attach(PrefixTuning(n_tokens=N))
+            model.attach(PrefixTuning(n_tokens=N, projection=False))
         made = model.adapters["default"]
         site = made.places["prefix"]
         made.places["prefix"] = replace(site, n_heads=site.n_heads * 2, head_dim=site.head_dim // 2)
@@ -238,7 +238,7 @@ def test_a_model_whose_layers_differ_is_refused_by_name():
 
 def test_an_architecture_that_keeps_a_state_takes_a_prompt_and_refuses_a_prefix_by_name():
     model = other("recurrent_gemma")
-    model.attach(PrefixTuning(n_tokens=N))
+    model.attach(PrefixTuning(n_tokens=N, projection=False))
     with pytest.raises(AdapterError, match=r"RecurrentGemmaForCausalLM does not read .* its layer 0.*method 'prompt'"):
         model.logits(make_ids())
     model.detach()
@@ -246,7 +246,7 @@ def test_an_architecture_that_keeps_a_state_takes_a_prompt_and_refuses_a_prefix_
     compare(model, documents())
     mamba = other("mamba")
     with pytest.raises(TargetError, match="prefix"):
-        mamba.attach(PrefixTuning(n_tokens=N))
+        mamba.attach(PrefixTuning(n_tokens=N, projection=False))
     mamba.attach(Prompt(n_tokens=N))
     compare(mamba, documents())
 

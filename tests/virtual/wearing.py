@@ -12,8 +12,8 @@ from models import make_ids, make_net, randomise
 
 N = 5  # virtual tokens
 METHODS: dict[str, MethodSpec] = {
-    "prompt": Prompt(n_tokens=N),
-    "prefix": PrefixTuning(n_tokens=N),
+    "prompt": Prompt(n_tokens=N, start="random"),
+    "prefix": PrefixTuning(n_tokens=N, projection=False),
     "prefix with a projection": PrefixTuning(n_tokens=N, projection=True, hidden=7),
     "ptuning": PTuning(n_tokens=N, hidden=9),
     "ptuning by lstm": PTuning(n_tokens=N, encoder="lstm", hidden=3, depth=3),

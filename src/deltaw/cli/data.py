@@ -32,6 +32,8 @@ def show(
 ) -> None:
     """Print rows with their targets in double brackets, and how long the rows are."""
     from deltaw.data import encode_all, length_statistics, marked, read_rows
+    from deltaw.data.task import given_labels
+    from deltaw.model.base import task_before
     from deltaw.model.load import load_tokenizer
     from deltaw.train.recipe import load_recipe
 
@@ -41,8 +43,9 @@ def show(
         raise DataError(f"the recipe {recipe!r} names no data.{split}.\n  Add it: data.{split}=rows.jsonl")
     rows = read_rows(source)
     tokenizer = load_tokenizer(settings.base.path)
-    encoded = encode_all(rows, tokenizer, settings.data)
-    shown = [(example, marked(example, tokenizer)) for example in encoded.examples[:limit]]
+    task = task_before(settings.base.path, given_labels(settings.data))
+    encoded = encode_all(rows, tokenizer, settings.data, task)
+    shown = [(example, marked(example, tokenizer, task)) for example in encoded.examples[:limit]]
     statistics = length_statistics(encoded)
     if as_json:
         described = [

@@ -23,7 +23,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Rows: a JSONL file, or what `datasets` reads (hf:NAME, .parquet, .csv).")],
     metric: Annotated[str, typer.Option(help="exact, json, choice or perplexity.")],
     adapter: AdapterOption = None,
-    labels: Annotated[Path | None, typer.Option(help="JSON list of labels, for choice.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="JSON list of labels, for choice or for an encoder.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     dtype: DtypeOption = "auto",
     format: FormatOption = "dense",
@@ -38,14 +38,13 @@ def evaluate(
 ) -> None:
     """Measure a base, or a base with an adapter, on rows."""
     from deltaw.data.source import read_rows
+    from deltaw.data.task import read_labels
     from deltaw.errors import DataError, RecipeError
-    from deltaw.model.base import load_base
+    from deltaw.model.base import labels_for, load_base
     from deltaw.store.files import write_text
-    from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows, read_labels
+    from deltaw.train.evaluate import check_metric, data_spec, evaluate_rows
 
     check_metric(metric)
-    if labels and metric != "choice":
-        typer.echo(f"note: --labels is for metric choice; metric {metric} does not look at it", err=True)
     if metric == "perplexity" and (predictions or max_new_tokens):
         raise RecipeError("Metric perplexity generates nothing: remove --predictions and --max-new-tokens.")
     if predictions is not None and not predictions.parent.is_dir():
@@ -55,7 +54,10 @@ def evaluate(
     rows = read_rows(data)[:limit]
     names = read_labels(labels) if labels else None
     say = partial(typer.echo, err=True)
-    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant)
+    own = labels_for(base, adapter, names)
+    if names and not own and metric != "choice":
+        say(f"note: --labels is for metric choice and for encoders; metric {metric} does not look at it")
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     result = evaluate_rows(

@@ -37,20 +37,28 @@ def generate(
     allow_other_base: OtherBaseOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
-    """Answer a prompt with a base, or with a base and an adapter."""
+    """Answer a prompt with a base, or with a base and an adapter; of a text classifier, print its label."""
     from deltaw.data.source import Row
     from deltaw.data.template import prompt_ids
-    from deltaw.model.base import load_base
+    from deltaw.model.base import labels_for, load_base
+    from deltaw.model.classify import label_scores
     from deltaw.model.generate import Sampling
     from deltaw.model.generate import generate as continue_
     from deltaw.train.evaluate import data_spec
 
     say = partial(typer.echo, err=True)
-    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant)
+    own = labels_for(base, adapter, None)
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     row = Row(prompt=prompt, completion="", source="the prompt,")
-    ids = prompt_ids(row, model.tokenizer, data_spec(model, "chat" if chat else None, 2048))
+    ids = prompt_ids(row, model.tokenizer, data_spec(model, "chat" if chat else None, 2048), model.task)
+    if model.kind == "classify":
+        scores = label_scores(model, [ids])[0].exp().tolist()
+        shares = dict(zip(model.task.labels, scores, strict=True))
+        label = max(shares, key=shares.__getitem__)
+        typer.echo(json.dumps({"text": label, "labels": shares, "prompt_tokens": len(ids)}) if as_json else label)
+        return
     tokens = continue_(model, [ids], max_tokens, sampling=Sampling(temperature, top_p, seed))[0]
     text = model.tokenizer.decode(tokens, skip_special_tokens=True)
     if as_json:

@@ -87,7 +87,10 @@ def _table(report: MergeReport) -> Table:
     if report.probe is not None:
         p = report.probe
         table.add_row("logits apart", f"{p.logit_max:.3g} at most, {p.logit_mean:.3g} on average")
-        table.add_row("same next token", f"{p.top1:.1%} of {p.n_tokens} ({p.kind})")
-        table.add_row("perplexity", f"{p.perplexity_before:.4g} before, {p.perplexity_after:.4g} after")
+        if p.perplexity_before is None:
+            table.add_row("same label", f"{p.top1:.1%} of rows cut out of {p.n_tokens} tokens ({p.kind})")
+        else:
+            table.add_row("same next token", f"{p.top1:.1%} of {p.n_tokens} ({p.kind})")
+            table.add_row("perplexity", f"{p.perplexity_before:.4g} before, {p.perplexity_after:.4g} after")
     table.add_row("took", f"{report.seconds:.1f} s")
     return table

@@ -31,9 +31,7 @@ def plan(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
     learned: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of a row's tokens that are targets.")] = 1.0,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows computed at a time; all by default.")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, adamw8 (states in 8 bits), paged, galore or galore8.")
-    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8 (8 bits), paged, galore or galore8.")] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute blocks again in the backward.")
     ] = False,
@@ -112,6 +110,8 @@ def _work_of_rows(recipe: Any) -> Any:
     from pathlib import Path
 
     from deltaw.data import encode_all, read_rows
+    from deltaw.data.task import given_labels
+    from deltaw.model.base import task_before
     from deltaw.model.load import load_tokenizer
     from deltaw.plan.network import find_config
     from deltaw.train.fitting import work_of
@@ -120,8 +120,9 @@ def _work_of_rows(recipe: Any) -> Any:
     if folder is None or recipe.data.train is None or not Path(recipe.data.train).is_file():
         return None
     tokenizer = load_tokenizer(folder)
-    rows = encode_all(read_rows(recipe.data.train), tokenizer, recipe.data).examples
-    valid = recipe.data.valid and encode_all(read_rows(recipe.data.valid), tokenizer, recipe.data).examples
+    task = task_before(folder, given_labels(recipe.data))
+    rows = encode_all(read_rows(recipe.data.train), tokenizer, recipe.data, task).examples
+    valid = recipe.data.valid and encode_all(read_rows(recipe.data.valid), tokenizer, recipe.data, task).examples
     return work_of(recipe, rows, valid or ())
 
 

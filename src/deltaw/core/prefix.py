@@ -40,7 +40,7 @@ class Prefix:
 
 def check_prefix(form: Prefix, site: VirtualSite) -> None:
     """Raise ShapeError unless `form` fits `site`."""
-    of_layer = (site.n_layers * site.stacks, form.n, site.n_heads, site.head_dim)
+    of_layer = (site.n_layers, form.n, site.n_heads, site.head_dim)
     wanted = {"inputs": (site.stacks, form.n, site.width), "keys": of_layer, "values": of_layer}
     parts = ("inputs",) if site.kind == "input" else ("keys", "values")
     for part in parts:

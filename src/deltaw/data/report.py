@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from deltaw.data.task import CAUSAL, Task
 from deltaw.data.template import Encoded, Example
 
 if TYPE_CHECKING:
@@ -34,12 +35,16 @@ def length_statistics(encoded: Encoded) -> dict[str, int | float]:
     }
 
 
-def marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def marked(example: Example, tokenizer: PreTrainedTokenizerBase, task: Task = CAUSAL) -> list[tuple[str, bool]]:
     """The example as pieces of text, each with whether its tokens are targets; joined they are the whole
     text.
 
-    A character whose bytes are spread over both sides of a border stands in the later piece.
+    A character whose bytes are spread over both sides of a border stands in the later piece. A label stands behind
+    its text.
     """
+    if task.kind == "classify":
+        *text, label = example.input_ids
+        return [(_decoded(tokenizer, tuple(text)), False), (task.labels[label], True)]
     pieces: list[tuple[str, bool]] = []
     end, shown = 0, ""
     for is_target, flags in groupby(example.is_target):

@@ -116,6 +116,11 @@ def read_labels(source: str | Path | Sequence[str]) -> list[str]:
     return labels
 
 
+def given_labels(spec: DataSpec) -> list[str] | None:
+    """The labels that a recipe's `data:` names; None: those of the base. Raises DataError."""
+    return None if spec.labels is None else read_labels(spec.labels)
+
+
 def _needs_two(task: Task) -> str:
     if task.kind == "classify":
         return "an encoder that classifies needs rows of prompt (the text) and completion (its label)."

@@ -21,6 +21,7 @@ from deltaw.merge.rounded import RoundedCheckpoint
 from deltaw.merge.source import Source
 from deltaw.merge.write import Tally, refuse_used, write_beside, write_config, write_weights
 from deltaw.model.identity import compare
+from deltaw.model.kinds import head_config
 from deltaw.model.load import DTYPES, folder_format, load_tokenizer, resolve_base
 from deltaw.model.quantised import Format
 from deltaw.model.vocabulary import with_tokens
@@ -121,7 +122,11 @@ def bake(
     meant = fingerprint if how is None else fingerprint.model_copy(update={"format": str(how)})
     compare(adapter.fingerprint, meant, allow_other_base)
     words = None if not measure else probe_text() if text is None else text
-    opened = Checkpoint(folder) if how is None else RoundedCheckpoint(folder, how, fingerprint.dtype)
+    opened = (
+        Checkpoint(folder)
+        if how is None
+        else RoundedCheckpoint(folder, how, fingerprint.dtype, adapter.provenance.get("labels") or None)
+    )
     with opened as checkpoint, torch.no_grad():
         source = Source(folder, checkpoint, adapter, fingerprint.dtype, how)
         job = _Job(folder, fingerprint, adapter, source, dtype, say or (lambda line: None), into, how)
@@ -151,7 +156,7 @@ class _Job:
         source, adapter = self.source, self.adapter
         if source.loaded:
             self.say(
-                f"the files name {source.missing[0]} and others in another way: loading the whole model "
+                f"the files do not hold {source.missing[0]} by that name: loading the whole model "
                 "with transformers instead of merging shard by shard"
             )
         made, places = source.match(adapter)
@@ -167,14 +172,14 @@ class _Job:
             self.say(f"writing {self.written_dtype} weights")
             dtype = DTYPES[self.dtype] if self.dtype else None
             tally = write_weights(source, changes, aside, dtype, shard_bytes)
-            tied = False if tally.untied or source.contradicts_tie else None
+            tied = False if (tally.untied or source.contradicts_tie) and source.kind != "seq2seq" else None
             write_config(
                 self.folder,
                 aside,
                 dtype=self.written_dtype,
                 tied=tied,
                 vocab_size=vocab_size,
-                overrides=adapter.overrides,
+                overrides={**adapter.overrides, **head_config(source.net)},
             )
             write_beside(self.folder, aside, grown)
             if self.into == "quantised" and self.how is not None:

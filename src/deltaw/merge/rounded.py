@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,16 +20,17 @@ class RoundedCheckpoint(Checkpoint):
 
     how    the format to round dense weights to; of a folder that is quantised already, its own
     dtype  ("float32") that a dequantised weight is said to have; `read` gives it in float32
+    labels of a text classifier; None: as the folder's head has them
 
     Weights have the network's orientation; the parts in which a quantised one is stored are hidden.
     """
 
-    def __init__(self, folder: Path, how: Format, dtype: str) -> None:
+    def __init__(self, folder: Path, how: Format, dtype: str, labels: Sequence[str] | None = None) -> None:
         super().__init__(folder)
         self.how = how
         self._parts: dict[str, dict[str, str]] = {}  # key -> {part as in BlockwiseWeight.entries: stored key}
         self._transposed: dict[str, bool] = {}  # keys of rounded weights
-        net = empty_network(folder)
+        net = empty_network(folder, labels)
         name_of = {torch_dtype: name for name, torch_dtype in FLOATS.items()}
         for name, site in quantisable(net).items():
             shape = tuple(net.get_submodule(name).weight.shape)

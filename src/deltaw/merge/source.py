@@ -17,6 +17,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.merge.checkpoint import Checkpoint, StoredWeight
 from deltaw.model.attachment import Attachment
 from deltaw.model.empty import empty_network
+from deltaw.model.kinds import kind_of
 from deltaw.model.load import load_transformers
 from deltaw.model.places import Places
 from deltaw.model.quantised import Format, dequantise_network
@@ -28,6 +29,7 @@ class Source:
     """The base of a merge.
 
     net      the network: empty, or loaded whole when `loaded`
+    kind     what it computes: "causal", "seq2seq" or "classify"
     keys     the network's tensor names -> names in the files; a tied tensor has that of its partner
     own      those of `keys` that have a tensor of their own in the files
     missing  what the adapter touches and the files do not name: the reason to load the network
@@ -39,7 +41,9 @@ class Source:
         self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str, how: Format | None = None
     ) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        self.net = empty_network(folder)
+        labels = adapter.provenance.get("labels") or None
+        self.net = empty_network(folder, labels)
+        self.kind = kind_of(self.net)
         self.sites = find_sites(self.net)
         self.tensors = dict(self.net.named_parameters(remove_duplicate=False))
         self.contradicts_tie = False
@@ -50,7 +54,7 @@ class Source:
         self.missing = [n for n in needed if n in self.tensors and n not in self.keys]
         self.loaded = bool(self.missing)
         if self.loaded:
-            self.net = dequantise_network(load_transformers(folder, dtype, how))
+            self.net = dequantise_network(load_transformers(folder, dtype, how, labels))
             self.tensors = dict(self.net.named_parameters(remove_duplicate=False))
             self.ties = self._ties()
 

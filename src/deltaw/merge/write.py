@@ -145,9 +145,15 @@ def _outputs(source: Source, changes: Mapping[str, Change], dtype: torch.dtype |
         if _stays_tied(name, partners, changes):
             continue
         untied = True
-        if name not in source.own:
+        owner = next((n for n in source.own if source.keys[n] == source.keys[name]), name)
+        if name not in source.own and not _alike(changes.get(name), changes.get(owner)):
             add(name, source.keys[name], changes.get(name))
     return outputs, untied
+
+
+def _alike(mine: Change | None, theirs: Change | None) -> bool:
+    """Whether one stored tensor can still stand for both: T5's three embeddings, when the head goes its own way."""
+    return mine is theirs is None or (mine is not None and mine.is_like(theirs))
 
 
 def _stays_tied(name: str, partners: tuple[str, ...], changes: Mapping[str, Change]) -> bool:

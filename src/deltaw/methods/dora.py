@@ -28,7 +28,7 @@ class Dora(LowRank):
     """Settings of DoRA: those of `LowRank`."""
 
     name: ClassVar[str] = "dora"
-    lr: ClassVar[float] = 5e-4
+    lr: ClassVar[float] = 1e-3
     detaches: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LORA"
 

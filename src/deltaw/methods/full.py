@@ -21,7 +21,7 @@ class Full(MethodSpec):
     """Settings of full fine-tuning: none of its own."""
 
     name: ClassVar[str] = "full"
-    lr: ClassVar[float] = 5e-5
+    lr: ClassVar[float] = 1e-4
     trains_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     batchable: ClassVar[bool] = False

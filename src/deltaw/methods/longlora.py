@@ -34,6 +34,7 @@ class LongLora(LowRank):
     """
 
     name: ClassVar[str] = "longlora"
+    lr: ClassVar[float] = 1e-3
     starts_at_base: ClassVar[bool] = False
     batchable: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "LORA"

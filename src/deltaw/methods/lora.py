@@ -41,6 +41,7 @@ class Lora(LowRank):
     """
 
     name: ClassVar[str] = "lora"
+    lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str | None] = "LORA"
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
 

@@ -5,7 +5,8 @@
     P = W2 tanh(W1 E + b1) + b2                       E [n, d], W1 [hidden, d], W2 [2 * layers * d, hidden]
 
 d is the width of a token's keys: key-value heads * features of a head. Keys are as attention sees them, after any
-rotation. The network trains better and is not saved: P alone is. Count: n * 2 * layers * d saved; with `projection`
+rotation. The network trains better and is not saved: P alone is. P starts small (deviation 0.1): large keys and values,
+as PEFT's are, would drown those of the tokens. Count: n * 2 * layers * d saved; with `projection`
 n * d + hidden * (d + 1) + 2 * layers * d * (hidden + 1) train. It does not start at the base: any key takes attention.
 """
 
@@ -31,11 +32,11 @@ class PrefixTuning(Virtual):
 
     name: ClassVar[str] = "prefix"
     sits: ClassVar[Literal["linear", "block", "input", "cache"]] = "cache"
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-3
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     plain: ClassVar[dict[str, Any]] = {"projection": False, "hidden": None}
 
-    projection: bool = False
+    projection: bool = True
     hidden: int | None = None
 
     @model_validator(mode="after")
@@ -58,7 +59,7 @@ class PrefixTuning(Virtual):
         shapes = self.shapes(site)
         if self.projection:
             return fresh_params(shapes, start.rng)
-        return {"vectors": torch.empty(shapes["vectors"]).normal_(generator=start.rng)}
+        return {"vectors": torch.empty(shapes["vectors"]).normal_(std=0.1, generator=start.rng)}
 
     def vectors(self, params: Params, rng: torch.Generator | None = None) -> Tensor:
         if not self.projection:

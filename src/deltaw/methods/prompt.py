@@ -30,10 +30,10 @@ class Prompt(Virtual):
 
     name: ClassVar[str] = "prompt"
     sits: ClassVar[Literal["linear", "block", "input", "cache"]] = "input"
-    lr: ClassVar[float] = 3e-2
+    lr: ClassVar[float] = 1e-1
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
-    start: Literal["random", "vocabulary", "text"] = "random"
+    start: Literal["random", "vocabulary", "text"] = "vocabulary"
     start_text: str | None = None
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from deltaw.core.prefix import Prefix
 from deltaw.errors import AdapterError
+from deltaw.model.kinds import kind_of
 
 NAME = "deltaw_documents"
 _EXPLICIT_UP_TO = 512  # tokens; beyond this torch's blockwise attention needs less memory and is faster
@@ -293,12 +294,14 @@ def cannot_pack(net: PreTrainedModel) -> None:
 def packs(net: PreTrainedModel) -> bool:
     """Whether documents can share a row of `net`: only our attention may carry anything from token to token.
 
-    Not so where a model does not call attention through transformers' interface (BLOOM, GPT-J, Falcon), keeps a state
-    or a convolution over tokens (Mamba, RecurrentGemma), cuts the sequence into chunks or has attention sinks. A model
-    that was found to lose the documents on the way (Nemotron) is in `_LOST`.
+    Not so in encoders, whose tokens see those behind them; where a model does not call attention through transformers'
+    interface (BLOOM, GPT-J, Falcon), keeps a state or a convolution over tokens (Mamba, RecurrentGemma), cuts the
+    sequence into chunks or has attention sinks. A model that was found to lose the documents on the way (Nemotron) is
+    in `_LOST`.
     """
     return (
         net not in _LOST
+        and kind_of(net) == "causal"
         and bool(getattr(net, "_supports_attention_backend", False))
         and not any(isinstance(m, nn.Conv1d) for m in net.modules())
         and getattr(net.config.get_text_config(), "attention_chunk_size", None) is None

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import torch
 
+from deltaw.core.checkpoint_files import read_json
 from deltaw.core.fingerprint import fingerprint_folder
+from deltaw.data.task import Task
 from deltaw.errors import BaseError, near
 from deltaw.formats import FORMATS, QUANTISED
+from deltaw.model.kinds import folder_kind, wants_labels
 from deltaw.model.load import folder_format, load_tokenizer, load_transformers, resolve_base
 from deltaw.model.model import Model
 from deltaw.model.originals import originals
 from deltaw.model.quantised import Format, frozen_weights
+from deltaw.store.peft import noted
 
 
 def has_fast_bfloat16() -> bool:
@@ -26,6 +30,30 @@ def has_fast_bfloat16() -> bool:
 def best_dtype(trains_base: bool = False) -> str:
     """What dtype "auto" means here: bfloat16 where the CPU has it, else float32; float32 for full fine-tuning."""
     return "bfloat16" if has_fast_bfloat16() and not trains_base else "float32"
+
+
+def labels_for(base: str | Path, adapter: str | Path | None, given: Sequence[str] | None) -> list[str] | None:
+    """The labels to load `base` with: those that a saved adapter chooses from, else `given` where the base classifies.
+
+    None: it is no classifier, or has labels of its own. Raises BaseError, AdapterError, NotFound.
+    """
+    told = noted(adapter) if adapter is not None else {}
+    if told.get("labels"):
+        return list(told["labels"])
+    if given is None or not (
+        told.get("kind") == "classify" or wants_labels(read_json(resolve_base(base) / "config.json"))
+    ):
+        return None
+    return list(given)
+
+
+def task_before(base: str | Path, labels: Sequence[str] | None) -> Task:
+    """What rows become for a base that is not loaded yet. Raises BaseError."""
+    folder = resolve_base(base)
+    config = read_json(folder / "config.json")
+    kind = folder_kind(config, labels, folder)
+    own = [str(name) for name in (config.get("id2label") or {}).values()] or ["LABEL_0", "LABEL_1"]
+    return Task(kind, tuple(labels or own) if kind == "classify" else ())
 
 
 def load_base(

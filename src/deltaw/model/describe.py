@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deltaw.core.checkpoint_files import checkpoint_files
+from deltaw.core.checkpoint_files import checkpoint_files, read_json
 from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.core.site import LinearSite
 from deltaw.errors import BaseError
 from deltaw.model.empty import empty_network
+from deltaw.model.kinds import has_head, kind_of, labels_of, wants_labels
 from deltaw.model.load import folder_format, refuse_unsupported, resolve_base
 from deltaw.model.sites import find_sites
 from deltaw.model.starter import Say
@@ -30,7 +31,9 @@ def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
     """A base (what resolve_base takes) as plain data. Raises BaseError."""
     folder = resolve_base(path, say=say)
     fingerprint = fingerprint_folder(folder)
-    net = empty_network(folder)
+    plain = read_json(folder / "config.json")
+    headless = wants_labels(plain) and not has_head(plain)
+    net = empty_network(folder, ("LABEL_0", "LABEL_1") if headless else None)
     config = net.config.get_text_config()
     head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
     format, unsupported = fingerprint.format, None
@@ -46,6 +49,8 @@ def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
         "name": fingerprint.name,
         "architecture": type(net).__name__,
         "model_type": fingerprint.model_type,
+        "task": kind_of(net) + (" (with labels that you give)" if headless else ""),
+        **({"labels": list(labels_of(net))} if labels_of(net) and not headless else {}),
         "n_parameters": n_own,
         "format": format,
         "dtype": fingerprint.dtype,

@@ -13,6 +13,7 @@ from deltaw.core.prefix import Prefix
 from deltaw.errors import DataError, WorkFailed
 from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
+from deltaw.model.seq2seq import Answering, answer
 from deltaw.model.virtual import first_arguments, needs_like_lengths
 
 GiveUp = Callable[[int, list[int]], bool]
@@ -63,6 +64,11 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_tokens(model)
+    if model.kind == "classify":
+        raise DataError("A text classifier has no words to answer with: ask for its label (deltaw eval, generate).")
+    if model.kind == "seq2seq":
+        how = Answering(lambda logits: _choose(logits, sampling, rng), frozenset(ends), max_new_tokens, give_up)
+        return answer(model, prompts, how, batch_size)
     front = model.front()
     limit = _positions_left(model, front)
     if limit is not None and prompts and len(prompts[order[0]]) >= limit:
@@ -72,19 +78,10 @@ def generate(
             "nothing is left for an answer. Shorten it."
         )
     alike = front is not None and needs_like_lengths(model.net, front)
-    for rows in _batches(order, prompts, batch_size, alike):
-        _batch(
-            model,
-            front,
-            prompts,
-            rows,
-            answers,
-            max_new_tokens,
-            ends,
-            sampling,
-            rng,
-            _until(prompts, limit, give_up),
-        )
+    until = _until(prompts, limit, give_up)
+    with model.run.keeping_forms():
+        for rows in _batches(order, prompts, batch_size, alike):
+            _batch(model, front, prompts, rows, answers, max_new_tokens, ends, sampling, rng, until)
     return answers
 
 

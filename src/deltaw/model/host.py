@@ -6,6 +6,8 @@ module back, and with no adapter in use a host calls that module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +58,24 @@ class Run:
     seed      seeds dropout; None outside training
     pack      of each document of the pack being computed: (number in its step, tokens, targets), so that dropout does
               not depend on which documents share a pack; None: the whole input has one mask
+    forms     normal forms made while nothing trains, by (place, adapter's slot); None: each forward makes them anew
     heard     inputs of the halves of blocks being computed, by the half's name, for a network that stands beside one
     """
 
     use: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
     pack: tuple[tuple[int, int, int], ...] | None = None
+    forms: dict[tuple[str, int], Form] | None = None
     heard: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def keeping_forms(self) -> Iterator[None]:
+        """Inside, parameters do not change: what DoRA's or VeRA's forms cost is paid once, not for every token."""
+        before, self.forms = self.forms, {} if self.forms is None else self.forms
+        try:
+            yield
+        finally:
+            self.forms = before
 
 
 class Host(nn.Module):
@@ -94,7 +107,14 @@ class Host(nn.Module):
         return hasattr(self.original, "is_used") and bool(self.original.is_used())
 
     def _form(self, slot: Slot) -> Form:
-        return slot.spec.lower(slot.site, slot.params, self.frozen, self.bias)
+        kept = None if torch.is_grad_enabled() else self.run.forms
+        key = (self.site.name, id(slot))
+        if kept is not None and key in kept:
+            return kept[key]
+        form = slot.spec.lower(slot.site, slot.params, self.frozen, self.bias)
+        if kept is not None:
+            kept[key] = form
+        return form
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] (plus the new columns where an adapter adds vocabulary to a head)."""

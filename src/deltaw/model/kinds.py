@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from deltaw.core.spec import MethodSpec
 from deltaw.data.task import Kind, read_labels
 from deltaw.errors import BaseError
 
@@ -26,7 +27,7 @@ AUTO: dict[Kind, Any] = {
 }
 NAMES: dict[Kind, str] = {
     "causal": "causal language model",
-    "seq2seq": "encoder-decoder",
+    "seq2seq": "encoder-decoder model",
     "classify": "text classifier",
 }
 HEADS = ("classifier", "score")
@@ -50,20 +51,21 @@ def folder_kind(config: Mapping[str, Any], labels: Sequence[str] | None, where: 
     """What the folder with this config.json is loaded as; with `labels` anything but an encoder-decoder classifies.
 
     Raises BaseError for an encoder without a head and without labels, a head that is no classifier of one label a text,
-    labels for an encoder-decoder, or others than the folder's head has.
+    labels for an encoder-decoder, or others than the folder's head has; DataError for labels that are no list of them.
     """
+    labels = None if labels is None else read_labels(tuple(labels))
     declared = [str(name) for name in config.get("architectures") or ()]
     named = ", ".join(declared) or str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
-        if labels is not None or _has_head(config):
+        if labels is not None or has_head(config):
             raise BaseError(f"{where} is an encoder-decoder ({named}): it answers in words, and cannot classify here.")
         return "seq2seq"
-    if _has_head(config):
+    if has_head(config):
         _check_head(config, labels, where)
         return "classify"
     if labels is None and wants_labels(config):
         what = "a masked language model" if named.endswith("ForMaskedLM") else "an encoder"
-        raise BaseError(f"{where} is {what} ({named}): it has no head that answers.\n  {_GIVE_LABELS}")
+        raise BaseError(f"{where} is {what} ({named}): there is no head to answer with.\n  {_GIVE_LABELS}")
     return "causal" if labels is None else "classify"
 
 
@@ -72,12 +74,14 @@ def wants_labels(config: Mapping[str, Any]) -> bool:
     if config.get("is_encoder_decoder"):
         return False
     declared = [str(name) for name in config.get("architectures") or ()]
-    bare = all(name.endswith(("Model", "ForMaskedLM", "ForPreTraining")) for name in declared)
+    words = ("LMHeadModel", "ForCausalLM")  # BertLMHeadModel
+    bare = all(n.endswith(("Model", "ForMaskedLM", "ForPreTraining")) and not n.endswith(words) for n in declared)
     is_encoder = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
-    return _has_head(config) or (bare and is_encoder)
+    return has_head(config) or (bare and is_encoder)
 
 
-def _has_head(config: Mapping[str, Any]) -> bool:
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the folder with this config.json is a text classifier."""
     return any(str(name).endswith(_CLASSIFIES) for name in config.get("architectures") or ())
 
 
@@ -97,11 +101,10 @@ def _check_head(config: Mapping[str, Any], labels: Sequence[str] | None, where: 
 
 
 def with_labels(config: Any, labels: Sequence[str] | None) -> Any:
-    """`config` with `labels`, changed in place; None leaves its own. Raises DataError for labels that are no list."""
+    """`config` with `labels`, changed in place; None leaves its own."""
     if labels is not None:
-        names = read_labels(tuple(labels))
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
     return config
 
 
@@ -112,11 +115,28 @@ def labels_of(net: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(net.config.id2label[i]) for i in range(net.config.num_labels))
 
 
+def outside_encoder(net: PreTrainedModel) -> set[str]:
+    """The modules of a classifier beside its encoder; none of another kind."""
+    if kind_of(net) != "classify":
+        return set()
+    return {name for name, _ in net.named_children() if name != net.base_model_prefix}
+
+
+def head_config(net: PreTrainedModel) -> dict[str, Any]:
+    """What config.json says of a classifier's head, so that transformers loads it as one; nothing of another kind."""
+    names = labels_of(net)
+    if not names:
+        return {}
+    by_number = {str(i): name for i, name in enumerate(names)}
+    by_name = {name: i for i, name in enumerate(names)}
+    return {"architectures": [type(net).__name__], "id2label": by_number, "label2id": by_name}
+
+
 # The head ------------------------------------------------------------------------------------------
 
 
 def not_in(net: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """Of a folder's tensors that `net` does not have, those that are no other head's: they should have found a place."""
+    """Of a folder's tensors that `net` does not have, those that belong to no other head: they are too many."""
     prefix = net.base_model_prefix
     inside = {name for name, _ in net.base_model.named_children()}
     return [k for k in unexpected if k.split(".")[0] in {prefix, *inside} and "pooler" not in k.split(".")]
@@ -134,12 +154,32 @@ def make_head(net: PreTrainedModel, missing: Iterable[str], seed: int) -> list[s
     rng = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = dict(net.named_parameters())
     wanted = set(missing)
-    outside = {n for n in tensors if not n.startswith(net.base_model_prefix + ".") or "pooler" in n.split(".")}
+    outside = set(_beside(net))
     std = float(getattr(net.config, "initializer_range", 0.02))
     for name in (n for n in tensors if n in wanted & outside and tensors[n].ndim > 1):
         tensors[name].copy_(torch.randn(tensors[name].shape, generator=rng) * std)
     net.fresh_tensors = tuple(n for n in tensors if n in wanted & outside)
     return sorted(wanted - outside)
+
+
+def mark_fresh(net: PreTrainedModel, config: Mapping[str, Any], names: set[str] | None) -> None:
+    """Note of an empty network which tensors `make_head` would draw.
+
+    names  of the tensors that the folder holds; None: it has no files, and is taken to lack the head alone
+    """
+    if kind_of(net) != "classify" or has_head(config):
+        return
+    prefix, beside = net.base_model_prefix + ".", _beside(net)
+    if names is None:
+        net.fresh_tensors = tuple(n for n in beside if not n.startswith(prefix))
+    else:
+        there = {name.removeprefix(prefix) for name in names}
+        net.fresh_tensors = tuple(n for n in beside if n.removeprefix(prefix) not in there)
+
+
+def _beside(net: PreTrainedModel) -> list[str]:
+    """The tensors that a folder of the encoder alone may lack: of the head, and of a pooler."""
+    return [n for n, _ in net.named_parameters() if n.split(".")[0] in outside_encoder(net) or "pooler" in n.split(".")]
 
 
 def fresh_tensors(net: PreTrainedModel) -> tuple[str, ...]:
@@ -157,3 +197,9 @@ def head_modules(net: PreTrainedModel) -> tuple[str, ...]:
         if name not in found and not name.split(".")[0].endswith(HEADS):
             found.append(name)
     return tuple(found)
+
+
+def with_head(spec: MethodSpec, net: PreTrainedModel) -> MethodSpec:
+    """`spec` with a classifier's head among the modules that train whole beside the method, as PEFT has it."""
+    more = tuple(name for name in head_modules(net) if name not in spec.save_modules)
+    return spec if spec.trains_base or not more else spec.model_copy(update={"save_modules": spec.save_modules + more})

@@ -9,19 +9,32 @@ from transformers import PreTrainedModel
 
 from deltaw.data.template import Example
 from deltaw.errors import DataError
+from deltaw.model.kinds import kind_of
 
 
 def max_positions(net: PreTrainedModel) -> int | None:
     """The longest document that `net` can compute, in tokens; None where positions are rotary and set no hard limit.
 
-    Learned positions (GPT-2, OPT) are an embedding of their own, two rows longer than the config says in OPT.
+    Learned positions (GPT-2, OPT, BERT) are an embedding of their own, two rows longer than the config says in OPT, and
+    with rows that no token uses in front in RoBERTa.
     """
     found = getattr(net.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(found, int):
         return None
     tokens = net.get_input_embeddings()
     tables = [m for m in net.modules() if isinstance(m, nn.Embedding) and m is not getattr(tokens, "original", tokens)]
-    return found if any(m.num_embeddings in (found, found + 2) for m in tables) else None
+    learned = [m for m in tables if m.num_embeddings in (found, found + 2)]
+    if not learned:
+        return None
+    unused = [m.padding_idx + 1 for m in learned if m.num_embeddings == found and m.padding_idx is not None]
+    return found - max(unused, default=0)
+
+
+def positions_of(net: PreTrainedModel, n_tokens: int, n_targets: int) -> int:
+    """The positions that a document takes: a classifier's label takes none, an encoder-decoder has two sequences."""
+    kind = kind_of(net)
+    source = n_tokens - n_targets
+    return n_tokens if kind == "causal" else source if kind == "classify" else max(source, n_targets)
 
 
 def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int = 0) -> None:
@@ -30,10 +43,11 @@ def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int
     before  positions that an adapter's virtual tokens take in front of each example
     """
     limit = max_positions(net)
-    for example in examples:
-        if limit is not None and before + len(example.input_ids) > limit:
+    for example in examples if limit is not None else ():
+        n = positions_of(net, len(example.input_ids), example.n_targets)
+        if before + n > limit:
             behind = f" behind {before} virtual tokens" if before else ""
             raise DataError(
-                f"{example.where}: {len(example.input_ids)} tokens{behind}, and this base has {limit} positions. "
+                f"{example.where}: {n} tokens{behind}, and this base has {limit} positions. "
                 f"Set data.max_tokens (--max-tokens) to {limit - before} or less."
             )

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
 from deltaw.errors import BaseError, WorkFailed, near
-from deltaw.model.kinds import AUTO, NAMES, folder_kind, make_head, not_in, with_labels
+from deltaw.model.kinds import AUTO, NAMES, folder_kind, has_head, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
 from deltaw.model.unsupported import refuse_unsupported, some
@@ -101,14 +101,10 @@ def load_transformers(
         raise BaseError(f"unknown dtype {dtype!r}.{near(dtype, DTYPES)} Known: {', '.join(DTYPES)}.")
     for file in checkpoint_files(folder):
         read_header(file)
-    saved = folder_format(folder)
-    if saved is not None and how is not None and not saved.serves(how):
-        raise BaseError(
-            f"{folder} holds {saved} weights: they cannot become {how}.\n"
-            "  Quantise the 16- or 32-bit model that it was made from, or leave the format out."
-        )
+    saved = _saved_as(folder, how)
     how = saved or how
-    kind = folder_kind(read_json(folder / "config.json"), labels, folder)
+    plain = read_json(folder / "config.json")
+    kind = folder_kind(plain, labels, folder)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -136,15 +132,28 @@ def load_transformers(
         ) from problem
     if how is not None:
         settle(net, folder)
-    if kind == "classify" and labels is not None:
-        info["missing_keys"] = set(make_head(net, info["missing_keys"], seed))
-        info["unexpected_keys"] = set(not_in(net, info["unexpected_keys"]))
+    if kind == "classify" and not has_head(plain):
+        info |= {
+            "missing_keys": make_head(net, info["missing_keys"], seed),
+            "unexpected_keys": not_in(net, info["unexpected_keys"]),
+        }
     _check_complete(folder, info)
     net = net.eval().requires_grad_(False)
     check_finite(net)
     if kind == "causal":
         check_causal(net)
     return net
+
+
+def _saved_as(folder: Path, how: Format | None) -> Format | None:
+    """The format of the folder's weights. Raises BaseError where they cannot become `how`."""
+    saved = folder_format(folder)
+    if saved is not None and how is not None and not saved.serves(how):
+        raise BaseError(
+            f"{folder} holds {saved} weights: they cannot become {how}.\n"
+            "  Quantise the 16- or 32-bit model that it was made from, or leave the format out."
+        )
+    return saved
 
 
 def folder_format(folder: Path) -> Format | None:

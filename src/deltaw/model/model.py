@@ -18,18 +18,22 @@ from deltaw.core.site import LinearSite, VirtualSite
 from deltaw.core.spec import MethodSpec
 from deltaw.core.weight import Weight
 from deltaw.data.pack import Batch
+from deltaw.data.task import Task
 from deltaw.errors import AdapterError, DeltawError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Beside, fresh
 from deltaw.model.attention import DocumentsLost, cannot_pack, packed_attention, packs
 from deltaw.model.calibrate import input_directions
+from deltaw.model.classify import documents_of, label_logits, pack_label_logits
 from deltaw.model.frozen import FrozenLinear
 from deltaw.model.host import Run
 from deltaw.model.identity import compare
 from deltaw.model.install import Installed
+from deltaw.model.kinds import NAMES, kind_of, labels_of, with_head
 from deltaw.model.load import refuse_unsupported
 from deltaw.model.places import Places
 from deltaw.model.rescale import Overrides
+from deltaw.model.seq2seq import answer_logits, pack_answer_logits
 from deltaw.model.shift import shifted_documents
 from deltaw.model.sites import find_sites
 from deltaw.model.strict import strict
@@ -48,6 +52,7 @@ class Model:
 
     net          the transformers model; its own modules are back after `detach`
     tokenizer    its tokenizer (with the new tokens of an attached adapter), or None
+    kind         "causal", "seq2seq" (an encoder-decoder) or "classify" (an encoder with a head)
     fingerprint  which base this is, or None for a model made in memory
     folder       where the base came from, or None
     originals    a linear map's name -> its W [out, in] from before the base was quantised; None where it was not
@@ -61,6 +66,7 @@ class Model:
         folder: Path | None = None,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
+        self.kind = kind_of(net)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.folder = folder
@@ -139,6 +145,9 @@ class Model:
     def _fresh(self, spec: MethodSpec, seed: int, calibration: Sequence[Batch]) -> Attachment:
         directions = self._directions(spec, calibration) if spec.calibrates and calibration else {}
         beside = Beside(self.originals, directions, self._encode)
+        if self.kind != "causal" and spec.groups(10**6) is not None:
+            raise AdapterError(f"Method {spec.name!r} cuts causal attention, and this base is a {NAMES[self.kind]}.")
+        spec = with_head(spec, self.net)
         made = fresh(spec, self.places, torch.Generator().manual_seed(seed), beside)
         made.overrides = spec.overrides(self.net.config)
         made.fingerprint = self.fingerprint
@@ -157,7 +166,10 @@ class Model:
         sites = [s for s in self.places.chosen(spec).values() if isinstance(s, LinearSite)]
         used, self.run.use = self.run.use, {}
         try:
-            return input_directions(self, sites, calibration, spec.calibrates)
+            alone = (
+                calibration if self.kind == "causal" else [one for batch in calibration for one in documents_of(batch)]
+            )
+            return input_directions(self, sites, alone, spec.calibrates)  # of no padding
         finally:
             self.run.use = used
 
@@ -299,7 +311,19 @@ class Model:
 
     def adapter(self, name: str | None = None, **provenance: Any) -> Adapter:
         """A finished, immutable copy of an attached adapter (the one in use by default)."""
-        return self.adapters[self._one_name(name)].to_adapter(provenance)
+        return self.adapters[self._one_name(name)].to_adapter({**self._noted(), **provenance})
+
+    def _noted(self) -> dict[str, Any]:
+        """What an adapter says of its base's kind."""
+        task = self.task
+        labels = {"labels": list(task.labels)} if task.labels else {}
+        return {} if task.kind == "causal" else {"kind": task.kind, **labels}
+
+    @property
+    def task(self) -> Task:
+        """What rows become for this base: its kind, and the labels (of the adapter in use, else of the base)."""
+        noted = [self.adapters[name].provenance.get("labels") for name in self.run.use]
+        return Task(self.kind, tuple(next((n for n in noted if n), labels_of(self.net))))
 
     # Computing -------------------------------------------------------------------------------------
 
@@ -314,16 +338,31 @@ class Model:
             front = self.front()
         return 0 if front is None else front.n
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab]."""
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab].
+
+        A classifier gives [batch, labels]; an encoder-decoder [batch, m, vocab] for decoder_input_ids [batch, m].
+        """
+        if self.kind == "classify":
+            return label_logits(self.net, self.front(), input_ids, attention_mask)
+        if self.kind == "seq2seq":
+            if decoder_input_ids is None:
+                raise SpecError("An encoder-decoder computes logits of an answer: pass decoder_input_ids too.")
+            return answer_logits(self.net, self.front(), input_ids, decoder_input_ids, attention_mask)
         return padded_logits(self.net, self.front(), input_ids, attention_mask)
 
     def pack_logits(self, batch: Batch) -> Tensor:
-        """Logits where a pack's targets are predicted: [n_targets, vocab]; documents do not see each other.
+        """Logits where a pack's targets are predicted: [n_targets, vocab or labels]; documents do not see each other.
 
         With activation checkpointing the caller keeps `packed_attention` open through the backward.
         """
         front = self.front()
+        if self.kind == "classify":
+            return pack_label_logits(self.net, front, batch, self.run)
+        if self.kind == "seq2seq":
+            return pack_answer_logits(self.net, front, batch, self.run)
         shifted = self._shifted(batch) if self.run.seed is not None else {}
         if not packs(self.net):
             return one_by_one(self.net, front, batch)

@@ -80,8 +80,9 @@ def _virtual(net: PreTrainedModel) -> dict[str, VirtualSite]:
     stacks = 2 if getattr(config, "is_encoder_decoder", False) else 1
     gain = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0))
     found = {"input": VirtualSite("prompt", "input", width, stacks, gain=float(gain))}
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_decoder_layers", None) if stacks == 2 else getattr(config, "num_hidden_layers", None)
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if stacks == 2:  # T5's, elsewhere `config` is the decoder's already
+        layers = getattr(config, "num_decoder_layers", None) or layers
     if isinstance(heads, int) and isinstance(layers, int):
         shared = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
         if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):

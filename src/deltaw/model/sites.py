@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.core.site import LinearSite
 from deltaw.model.frozen import FrozenLinear
+from deltaw.model.kinds import outside_encoder
 
 
 def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
@@ -18,7 +19,7 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
 
     A subclass counts only where it computes the same: it may do something else with its weight.
     """
-    head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    head, embedding, beside = net.get_output_embeddings(), net.get_input_embeddings(), outside_encoder(net)
     sites: dict[str, LinearSite] = {}
     for name, module in net.named_modules():
         if isinstance(module, FrozenLinear):
@@ -33,7 +34,7 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
                 module.out_features,
                 "linear",
                 module.bias is not None,
-                module is head,
+                module is head or name.split(".")[0] in beside,
             )
         elif type(module) is Conv1D:
             n_in, n_out = module.weight.shape

@@ -86,10 +86,13 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
 def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
     """A foreign adapter's settings where PEFT reads them differently from us.
 
-    PEFT saves lists with names that match nothing (its #1959), and layers_to_transform that it ignored because the
-    targets were whole paths. No tensor can be missed by this: each must still find its place.
+    PEFT saves lists with names that match nothing (its #1959), two names for a classifier's one head, and
+    layers_to_transform that it ignored because the targets were whole paths. No tensor can be missed by this: each must
+    still find its place.
     """
     spec = adapter.spec
+    saved = tuple(m for m in spec.save_modules if any(name == m or name.endswith(m) for name in places.modules))
+    spec = spec.model_copy(update={"save_modules": saved}) if saved else spec
     if spec.sits != "linear":
         return spec
     if not isinstance(spec.targets, str):

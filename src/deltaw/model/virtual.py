@@ -49,8 +49,6 @@ def front_of(
 
 def _refuse(made: Attachment, site: VirtualSite, net: PreTrainedModel) -> None:
     config: Any = net.config.get_text_config()
-    if site.stacks != 1 or getattr(config, "is_encoder_decoder", False):
-        raise AdapterError(f"Method {made.spec.name!r} does not work with encoder-decoder models yet.")
     if site.kind == "cache" and getattr(config, "num_kv_shared_layers", 0):
         raise AdapterError(
             f"Method {made.spec.name!r} needs keys and values in every layer, and layers of this model share theirs. "
@@ -71,10 +69,10 @@ def padded_logits(net: PreTrainedModel, front: Prefix | None, input_ids: Tensor,
         logits = net(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     elif front.inputs is not None:
         embeds = net.get_input_embeddings()(input_ids)
-        embeds = torch.cat([_inputs(front).to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
+        embeds = torch.cat([inputs_of(front).to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
         logits = net(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[:, -tokens:]
     else:
-        layers = [_FrontLayer(k, v, i) for i, (k, v) in enumerate(_by_layer(front, rows))]
+        layers = [FrontLayer(k, v, i) for i, (k, v) in enumerate(by_layer(front, rows))]
         cache = Cache(layers=layers)
         logits = net(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
         if unread := [i for i, layer in enumerate(layers) if not layer.was_read]:
@@ -92,13 +90,13 @@ def one_by_one(net: PreTrainedModel, front: Prefix | None, batch: Batch) -> Tens
     return torch.cat(parts)
 
 
-def _inputs(front: Prefix) -> Tensor:
+def inputs_of(front: Prefix) -> Tensor:
     """The vectors [n, width] of the one stack."""
     assert front.inputs is not None
     return front.inputs[0]
 
 
-def _by_layer(front: Prefix, rows: int) -> list[tuple[Tensor, Tensor]]:
+def by_layer(front: Prefix, rows: int) -> list[tuple[Tensor, Tensor]]:
     """Each layer's keys and values as [rows, heads, n, head_dim]."""
     assert front.keys is not None
     assert front.values is not None
@@ -108,7 +106,7 @@ def _by_layer(front: Prefix, rows: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-class _FrontLayer(DynamicLayer):
+class FrontLayer(DynamicLayer):
     """Keys and values that stand in front and never grow: a block that is computed again sees the same."""
 
     def __init__(self, keys: Tensor, values: Tensor, number: int) -> None:
@@ -131,7 +129,7 @@ class _FrontLayer(DynamicLayer):
 def pack_arguments(net: PreTrainedModel, front: Prefix | None, batch: Batch) -> dict[str, Any]:
     """What a forward of a pack takes: each of its documents has `front` before it."""
     if front is not None and front.inputs is not None:
-        return _among_inputs(batch, _inputs(front), net)
+        return _among_inputs(batch, inputs_of(front), net)
     before = 0 if front is None else front.n
     return {
         "input_ids": batch.input_ids[None],
@@ -188,7 +186,7 @@ def first_arguments(
     rows, n = len(ids), front.n
     grown = torch.cat([mask.new_ones(rows, n), mask], 1)
     if front.inputs is None:
-        for number, (keys, values) in enumerate(_by_layer(front, rows)):
+        for number, (keys, values) in enumerate(by_layer(front, rows)):
             if number >= len(cache.layers) or type(cache.layers[number]) not in (
                 DynamicLayer,
                 DynamicSlidingWindowLayer,
@@ -197,7 +195,7 @@ def first_arguments(
             cache.update(keys, values, number)
         return {"input_ids": ids, "position_ids": positions + n, "past_key_values": cache}, grown
     embeds = net.get_input_embeddings()(ids)
-    embeds = torch.cat([_inputs(front).to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
+    embeds = torch.cat([inputs_of(front).to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
     n_pads = (mask == 0).sum(1, keepdim=True)
     place = torch.arange(n + ids.shape[1]).expand(rows, -1)
     place = torch.where(place < n_pads, place + n, torch.where(place < n_pads + n, place - n_pads, place))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.core.checkpoint_files import read_json
+from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
 from deltaw.core.spec import MethodSpec
 from deltaw.data.pack import collate
 from deltaw.data.template import Example
@@ -18,6 +18,7 @@ from deltaw.errors import BaseError, near
 from deltaw.formats import QUANTISED
 from deltaw.model.empty import config_from_hub, network_from
 from deltaw.model.frozen import FrozenLinear
+from deltaw.model.kinds import mark_fresh
 from deltaw.model.load import resolve_base
 from deltaw.model.model import Model
 from deltaw.model.quantised import quantisable
@@ -42,6 +43,7 @@ class Base:
     folder                       where its weights are, or None: a shape only
     format, block, double_quant  how its linear maps are kept
     dtype                        in which it computes
+    labels                       of a text classifier; None: as its head has them
     """
 
     name: str
@@ -51,6 +53,7 @@ class Base:
     block: int = 64
     double_quant: bool = False
     dtype: str = "float32"
+    labels: tuple[str, ...] | None = None
 
 
 def shapes() -> dict[str, dict[str, Any]]:
@@ -89,10 +92,19 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def _names_in(folder: Path | None) -> set[str] | None:
+    """The names of the tensors in a folder; None where there are no weights."""
+    try:
+        return None if folder is None else {name for file in checkpoint_files(folder) for name in read_header(file)}
+    except BaseError:
+        return None
+
+
 @torch.no_grad()
 def network_of(base: Base) -> nn.Module:
     """The network on the meta device as it would be kept."""
-    net = network_from(base.config, getattr(torch, base.dtype))
+    net = network_from(base.config, getattr(torch, base.dtype), base.labels)
+    mark_fresh(net, base.config, _names_in(base.folder))
     quantised = quantisable(net) if base.format in QUANTISED else {}
     for name, site in quantised.items():
         module = net.get_submodule(name)
@@ -117,7 +129,7 @@ def planned_model(base: Base, spec: MethodSpec) -> Model:
     sites = model.places.sites
     if base.format in QUANTISED:
         model.originals = lambda name: torch.empty(sites[name].out_features, sites[name].in_features, device="meta")
-    rows = [collate([Example((0,) * 4, (False, True, True, True), "planned")])] if spec.calibrates else []
+    rows = [collate([Example((0,) * 4, (False, False, False, True), "planned")])] if spec.calibrates else []
     with Tracer(), torch.device("meta"):
         model.attach(spec, calibration=rows)
     return model

@@ -158,7 +158,9 @@ def _cpu_attention() -> Iterator[None]:
     real = F.scaled_dot_product_attention
 
     def chosen(q: Tensor, *args: Any, **how: Any) -> Tensor:
-        return _blockwise(q, *args, **how) if q.is_meta else real(q, *args, **how)
+        mask = how.get("attn_mask", args[2] if len(args) > 2 else None)
+        whole_rows = mask is not None and mask.requires_grad  # T5's positions, where they train
+        return _blockwise(q, *args, **how) if q.is_meta and not whole_rows else real(q, *args, **how)
 
     with _PATCHED:
         F.scaled_dot_product_attention = chosen  # type: ignore[assignment]

@@ -32,6 +32,8 @@ _OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config
 _OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
 _FOREIGN = (".lora_", ".ia3_", ".vera_", ".adapter_down", ".adapter_up")  # names that only a method's tensors have
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_TASKS = {"classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+_HEADS = ("classifier", "score")
 
 
 class UnfinishedRun(UserWarning):
@@ -118,14 +120,21 @@ def to_peft_config(adapter: Adapter) -> dict[str, Any]:
     )
     return {
         "peft_type": spec.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS.get(noted.get("kind", ""), "CAUSAL_LM"),
         "base_model_name_or_path": base,
         "inference_mode": True,
         **({"target_modules": _target_modules(spec, targeted)} if spec.sits == "linear" else {}),
-        "modules_to_save": list(spec.save_modules) or None,
+        "modules_to_save": _modules_to_save(adapter) or None,
         **({"trainable_token_indices": tokens} if tokens else {}),
         **spec.to_peft(targeted),
     }
+
+
+def _modules_to_save(adapter: Adapter) -> list[str]:
+    """Of a classifier with both of PEFT's names for a head, as PEFT writes them whatever the base has."""
+    own = list(adapter.spec.save_modules)
+    both = _HEADS if adapter.provenance.get("kind") == "classify" else ()
+    return [*own, *(name for name in both if name not in own)]
 
 
 def _target_modules(spec: MethodSpec, targeted: list[Site]) -> list[str] | str:
@@ -183,7 +192,7 @@ def read_adapter(path: str | Path) -> Adapter:
         replaced=tuple(replaced),
         overrides=ours.get("overrides", {}) if ours else {},
         fingerprint=fingerprint,
-        provenance=ours.get("provenance", {}) if ours else {"base": config.get("base_model_name_or_path")},
+        provenance=ours.get("provenance", {}) if ours else _told(config),
     )
     if ours and adapter.id != ours.get("id"):
         raise AdapterError(
@@ -197,6 +206,23 @@ def read_adapter(path: str | Path) -> Adapter:
             config, {key: wanted.get(key) for key in ("target_modules", "modules_to_save", "trainable_token_indices")}
         )
     return adapter
+
+
+def _told(config: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT's file tells of where an adapter comes from."""
+    kind = next((kind for kind, name in _TASKS.items() if name == config.get("task_type")), None)
+    return {"base": config.get("base_model_name_or_path"), **({} if kind is None else {"kind": kind})}
+
+
+def noted(path: str | Path) -> dict[str, Any]:
+    """What the adapter in a folder tells of where it comes from: "kind" and "labels" of its base, where it has them.
+
+    Raises AdapterError, NotFound.
+    """
+    folder = adapter_folder(path)
+    ours = _json(folder / OURS) if (folder / OURS).is_file() else None
+    found = _told(_json(folder / CONFIG)) if ours is None else ours.get("provenance")
+    return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

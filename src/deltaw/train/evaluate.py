@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from pydantic import ValidationError
 from deltaw.data.pack import collate, split_micro
 from deltaw.data.source import Row
 from deltaw.data.spec import DataSpec
+from deltaw.data.task import CAUSAL, Task, label_number
 from deltaw.data.template import Example, encode_all, prompt_ids
 from deltaw.errors import DataError, RecipeError, WorkFailed, near
+from deltaw.model.classify import label_scores
 from deltaw.model.generate import generate
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
@@ -43,6 +44,7 @@ def evaluate_rows(
     json        share whose answer parses to the same JSON value as the completion
     choice      share whose completion is the most likely of `labels` (or of the row's own "choices"), by the
                 summed log-likelihood of the answer and its end token
+                A text classifier has one likeliest label: exact and choice are both the share that is the completion
     perplexity  exp of the mean negative log-likelihood of target tokens; rows of text have no end token here
 
     max_new_tokens  longest answer; None: the longest completion and 8 tokens, for json twice that (it may be indented)
@@ -52,9 +54,11 @@ def evaluate_rows(
     Raises RecipeError for an unknown metric, DataError for rows that it cannot judge.
     """
     check_metric(metric)
-    check_rows(rows, metric, labels)
+    check_rows(rows, metric, labels, model.task)
     began = time.perf_counter()
-    if metric == "perplexity":
+    if model.kind == "classify":
+        result = _classified(model, rows, spec, predictions)
+    elif metric == "perplexity":
         result = _perplexity(model, rows, spec)
     elif metric == "choice":
         result = _choice(model, rows, spec, labels, predictions)
@@ -69,8 +73,17 @@ def check_metric(metric: str) -> None:
         raise RecipeError(f"Unknown metric {metric!r}.{near(metric, METRICS)} Known: {', '.join(METRICS)}.")
 
 
-def check_rows(rows: Sequence[Row], metric: str, labels: list[str] | None = None) -> None:
-    """Raise DataError for a row that `metric` cannot judge."""
+def check_rows(rows: Sequence[Row], metric: str, labels: list[str] | None = None, task: Task = CAUSAL) -> None:
+    """Raise DataError for a row that `metric` cannot judge, RecipeError for a metric that the base has no answer to."""
+    if task.kind == "classify":
+        if metric not in ("exact", "choice"):
+            raise RecipeError(
+                f"Metric {metric!r} is of answers in words, and this base is a text classifier: use exact, "
+                "the share of texts that get their label."
+            )
+        for row in rows:
+            label_number(row, task.labels)
+        return
     for row in rows:
         if metric in ("exact", "json"):
             text = completion_of(row).strip()
@@ -105,19 +118,6 @@ def data_spec(model: Model, template: str | None, max_tokens: int) -> DataSpec:
         raise RecipeError(f"template={template!r}: write plain or chat. ({error.error_count()} problem)") from None
 
 
-def read_labels(path: str | Path) -> list[str]:
-    """The labels of a classification, from a JSON file that holds a list of distinct strings."""
-    try:
-        labels = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(x, str) and x for x in labels):
-        raise DataError(f"{path} must hold a list of at least two strings.")
-    if len(set(labels)) != len(labels):
-        raise DataError(f"{path} holds a label twice.")
-    return labels
-
-
 def completion_of(row: Row) -> str:
     """What a row's answer should be: its completion, or the first turn of the assistant."""
     if row.completion is not None:
@@ -139,7 +139,7 @@ def _answers(
 ) -> dict[str, Any]:
     wanted = [completion_of(row).strip() for row in rows]
     tokenizer = model.tokenizer
-    prompts = [prompt_ids(row, tokenizer, spec) for row in rows]
+    prompts = [prompt_ids(row, tokenizer, spec, model.task) for row in rows]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
     most = max_new_tokens or (max(lengths) + 8) * (2 if metric == "json" else 1)
     hopeless: Callable[[int, list[int]], bool] | None = None
@@ -179,6 +179,23 @@ def _number(text: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
+def _classified(model: Model, rows: Sequence[Row], spec: DataSpec, predictions: bool) -> dict[str, Any]:
+    task = model.task
+    encoded = encode_all(rows, model.tokenizer, spec.model_copy(update={"too_long": "cut"}), task)
+    refuse_beyond(model.net, encoded.examples, model.n_before)
+    scores = label_scores(model, [e.input_ids[:-1] for e in encoded.examples])
+    wanted = [e.input_ids[-1] for e in encoded.examples]
+    picked = scores.argmax(-1).tolist()
+    right = [p == w for p, w in zip(picked, wanted, strict=True)]
+    result: dict[str, Any] = {"value": sum(right) / len(rows), "n": len(rows), "rows_cut": encoded.n_cut}
+    if predictions:
+        result["predictions"] = [
+            {"where": row.where, "answer": task.labels[p], "wanted": task.labels[w], "right": p == w}
+            for row, p, w in zip(rows, picked, wanted, strict=True)
+        ]
+    return result
+
+
 @torch.no_grad()
 def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
     """The summed log-likelihood of each example's target tokens."""
@@ -205,7 +222,8 @@ def _by_rows(logits: torch.Tensor, rows: int = 256) -> list[tuple[slice, torch.T
 
 def _perplexity(model: Model, rows: Sequence[Row], spec: DataSpec) -> dict[str, Any]:
     texts = all(row.text is not None for row in rows)  # plain text has no end that could be predicted
-    encoded = encode_all(rows, model.tokenizer, spec.model_copy(update={"append_end": False}) if texts else spec)
+    spec = spec.model_copy(update={"append_end": False}) if texts else spec
+    encoded = encode_all(rows, model.tokenizer, spec, model.task)
     total = sum(log_likelihoods(model, encoded.examples))
     return {
         "value": math.exp(min(-total / encoded.n_targets, 700.0)),  # beyond it a float overflows
@@ -225,7 +243,8 @@ def _choice(
         answer = [o.strip() for o in options].index((row.completion or "").strip())
         spans.append((len(candidates), list(options), answer))
         candidates += [replace(row, completion=option) for option in options]
-    examples = encode_all(candidates, model.tokenizer, spec.model_copy(update={"too_long": "error"})).examples
+    whole = spec.model_copy(update={"too_long": "error"})
+    examples = encode_all(candidates, model.tokenizer, whole, model.task).examples
     scores = log_likelihoods(model, examples)
     picked = []
     for start, options, _ in spans:

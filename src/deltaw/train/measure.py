@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from deltaw.data.task import given_labels
 from deltaw.data.template import Example
 from deltaw.errors import BaseError, WorkFailed
 from deltaw.model.base import load_base
@@ -73,13 +74,14 @@ def run_steps(recipe: Recipe, documents: Documents, steps: int) -> dict[str, int
     if start is None:
         raise BaseError("this system does not say how much memory a process has (no /proc): --measure needs Linux.")
     b = recipe.base
-    model = load_base(b.path, b.format, b.dtype, block=b.block, double_quant=b.double_quant)
+    labels = given_labels(recipe.data)
+    model = load_base(b.path, b.format, b.dtype, block=b.block, double_quant=b.double_quant, labels=labels)
     release_free_memory()
     loaded, load_peak = resident_bytes() or 0, peak_bytes() or 0
     forget_peak()
     model.attach(recipe.adapter, seed=0)
     vocabulary = model.net.config.get_text_config().vocab_size
-    examples = _random(documents, vocabulary)
+    examples = _random(documents, vocabulary, len(model.task.labels))
     loop = Loop(model, examples, recipe, None)
     for _ in loop.run():
         pass
@@ -95,12 +97,15 @@ def run_steps(recipe: Recipe, documents: Documents, steps: int) -> dict[str, int
     }
 
 
-def _random(documents: Documents, vocabulary: int) -> list[Example]:
+def _random(documents: Documents, vocabulary: int, n_labels: int) -> list[Example]:
     rng = torch.Generator().manual_seed(0)
-    return [
-        Example(tuple(torch.randint(vocabulary, (n,), generator=rng).tolist()), tuple(i >= n - t for i in range(n)), "")
-        for n, t in documents
-    ]
+    made = []
+    for n, t in documents:
+        ids = torch.randint(vocabulary, (n,), generator=rng)
+        if n_labels:
+            ids[-1] %= n_labels
+        made.append(Example(tuple(ids.tolist()), tuple(i >= n - t for i in range(n)), ""))
+    return made
 
 
 def _main() -> None:

@@ -13,10 +13,12 @@ from deltaw.core.checkpoint_files import checkpoint_files
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import Made
 from deltaw.data.pack import split_micro
+from deltaw.data.task import given_labels
 from deltaw.data.template import Example
 from deltaw.errors import BaseError, RecipeError
 from deltaw.model.base import best_dtype
-from deltaw.model.limits import max_positions
+from deltaw.model.kinds import wants_labels
+from deltaw.model.limits import max_positions, positions_of
 from deltaw.model.model import Model
 from deltaw.model.quantised import Format, saved_format
 from deltaw.plan.memory import resident_bytes
@@ -68,6 +70,8 @@ class Planner:
         self.recipe = recipe
         self.work = work
         self.config, self.folder = find_config(recipe.base.path)
+        if wants_labels(self.config) or recipe.data.labels is not None:  # a text has one label behind it
+            self.work = Work([(n if t == 1 else n + 1, 1) for n, t in work.step], work.evaluation)
         self.runtime = (resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
         self._models: dict[Base, tuple[Model, Counts]] = {}
         self._traces: dict[tuple[Any, ...], dict[str, int]] = {}
@@ -79,7 +83,15 @@ class Planner:
         dtype = best_dtype(recipe.adapter.trains_base) if b.dtype == "auto" else b.dtype
         how = Format(b.format, b.block, b.double_quant) if b.format != "dense" else saved_format(self.config)
         kept = ("dense", 64, False) if how is None else (how.name, how.block, how.double_quant)
-        return Base(b.path, _Hashed(self.config), self.folder, *kept, dtype=dtype)
+        labels = given_labels(recipe.data)
+        return Base(
+            b.path,
+            _Hashed(self.config),
+            self.folder,
+            *kept,
+            dtype=dtype,
+            labels=None if labels is None else tuple(labels),
+        )
 
     def plan(self, recipe: Recipe | None = None) -> Plan:
         """The plan of `recipe`, which may differ from the first one in format, micro_tokens, checkpointing, optimizer.
@@ -114,7 +126,7 @@ class Planner:
                 raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
             model = planned_model(base, recipe.adapter)
             limit = max_positions(model.net)
-            longest = max(n for n, _ in self.work.step)
+            longest = max(positions_of(model.net, n, t) for n, t in self.work.step)
             if limit is not None and longest + model.n_before > limit:
                 beside = f" beside {model.n_before} virtual tokens" if model.n_before else ""
                 raise BaseError(

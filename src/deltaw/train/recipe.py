@@ -16,7 +16,7 @@ from deltaw.data.spec import DataSpec
 from deltaw.errors import RecipeError, near
 from deltaw.formats import BLOCKS, FORMATS
 from deltaw.methods import spec_from
-from deltaw.train.optim.settings import OptimizerSpec
+from deltaw.train.optim.settings import RATES, OptimizerSpec
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
@@ -191,7 +191,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _learning_rate_suits_the_method(self) -> Recipe:
         if self.train.lr is None:
-            train = self.train.model_copy(update={"lr": type(self.adapter).lr})
+            lr = RATES.get(self.train.optimizer.name, type(self.adapter).lr)
+            train = self.train.model_copy(update={"lr": lr})
             object.__setattr__(self, "train", train)
         return self
 
@@ -326,7 +327,10 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         beside = folder / path if path and ":" not in path[:3] else None
         return str(beside) if beside is not None and beside.exists() else path
 
-    data = recipe.data.model_copy(update={"train": found(recipe.data.train), "valid": found(recipe.data.valid)})
+    labels = recipe.data.labels
+    labels = found(labels) if isinstance(labels, str) else labels
+    files = {"train": found(recipe.data.train), "valid": found(recipe.data.valid), "labels": labels}
+    data = recipe.data.model_copy(update=files)
     evaluation = recipe.eval.model_copy(update={"labels": found(recipe.eval.labels)})
     base_path = folder / recipe.base.path
     base = recipe.base.model_copy(update={"path": str(base_path)}) if base_path.exists() else recipe.base

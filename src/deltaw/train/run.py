@@ -13,9 +13,10 @@ import torch
 
 from deltaw.data.pack import Batch, collate, split_micro
 from deltaw.data.source import Row, data_hash, read_rows
+from deltaw.data.task import given_labels, read_labels
 from deltaw.data.template import Encoded, encode_all
 from deltaw.errors import RecipeError, RunError
-from deltaw.model.base import best_dtype, load_base
+from deltaw.model.base import best_dtype, load_base, task_before
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.load import load_tokenizer
 from deltaw.model.model import Model
@@ -33,7 +34,7 @@ from deltaw.train.checkpoint import (
     save_checkpoint,
     versions,
 )
-from deltaw.train.evaluate import check_rows, evaluate_rows, read_labels
+from deltaw.train.evaluate import check_rows, evaluate_rows
 from deltaw.train.events import Done, Eval, Event, Saved, Start
 from deltaw.train.fitting import chosen_before, fit, keep_choice, planned_event, work_of
 from deltaw.train.loop import Evaluate, Loop, peak_rss_mb
@@ -70,7 +71,7 @@ def train(
     Raises RecipeError, DataError, RunError, ... for bad input, WorkFailed when the loss is not finite or the
     disk is full. Nothing runs before the first event is asked for.
     """
-    loaded = load_recipe(recipe, list(overrides))
+    loaded = _with_labels(load_recipe(recipe, list(overrides)))
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     folder = Path(out) if out is not None else Path("runs") / name
     if loaded.train.threads:
@@ -94,6 +95,14 @@ def _rows(source: Rows | None, what: str) -> list[Row]:
     return read_rows(source)
 
 
+def _with_labels(recipe: Recipe) -> Recipe:
+    """The recipe with the labels themselves in the place of a file of them."""
+    found = given_labels(recipe.data)
+    if found is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"labels": tuple(found)})})
+
+
 def _labels(recipe: Recipe) -> list[str] | None:
     return read_labels(recipe.eval.labels) if recipe.eval.labels else None
 
@@ -111,8 +120,7 @@ def _train(
     if recipe.budget is not None:
         recipe, plan = _within_budget(recipe, out, rows, valid)
     dtype = best_dtype(recipe.adapter.trains_base) if recipe.base.dtype == "auto" else recipe.base.dtype
-    b = recipe.base
-    model = load_base(b.path, b.format, dtype, say=say, block=b.block, double_quant=b.double_quant)
+    model = _base(recipe, dtype, say)
     release_free_memory()
     identity = {
         "recipe": recipe.plain(),
@@ -132,7 +140,7 @@ def _train(
         return
     calibration = _calibration(model, recipe, rows) if recipe.adapter.calibrates else ()
     model.attach(recipe.adapter, seed=recipe.train.seed, calibration=calibration)
-    encoded = encode_all(rows, model.tokenizer, recipe.data)
+    encoded = encode_all(rows, model.tokenizer, recipe.data, model.task)
     refuse_beyond(model.net, encoded.examples, model.n_before)
     evaluate = _evaluation(model, recipe, valid, labels)
     loop = Loop(model, encoded.examples, recipe, evaluate, out)
@@ -158,9 +166,14 @@ def _train(
             sink.close()
 
 
+def _base(recipe: Recipe, dtype: str, say: Callable[[str], None] | None) -> Model:
+    b, labels, seed = recipe.base, given_labels(recipe.data), recipe.train.seed
+    return load_base(b.path, b.format, dtype, say, block=b.block, double_quant=b.double_quant, labels=labels, seed=seed)
+
+
 def _calibration(model: Model, recipe: Recipe, rows: list[Row]) -> list[Batch]:
     """The first steps' worth of rows, for a method that starts from what its places read."""
-    encoded = encode_all(rows, model.tokenizer, recipe.data).examples
+    encoded = encode_all(rows, model.tokenizer, recipe.data, model.task).examples
     refuse_beyond(model.net, encoded)
     most, tokens = CALIBRATION_TOKENS, 0
     for n, example in enumerate(encoded, 1):
@@ -184,9 +197,9 @@ def _within_budget(recipe: Recipe, out: Path, rows: list[Row], valid: list[Row] 
     assert recipe.budget is not None
     if (before := chosen_before(out, recipe)) is not None:
         return before, None
-    tokenizer = load_tokenizer(recipe.base.path)
-    examples = encode_all(rows, tokenizer, recipe.data).examples
-    validated = encode_all(valid, tokenizer, recipe.data).examples if valid else []
+    tokenizer, task = load_tokenizer(recipe.base.path), task_before(recipe.base.path, given_labels(recipe.data))
+    examples = encode_all(rows, tokenizer, recipe.data, task).examples
+    validated = encode_all(valid, tokenizer, recipe.data, task).examples if valid else []
     return fit(Planner(recipe, work_of(recipe, examples, validated)), recipe.budget.memory_gb)
 
 
@@ -198,11 +211,11 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
             raise RecipeError("eval: data.valid is missing, so there is nothing to evaluate on.")
         return None
     loss_of = find_loss(recipe.train.loss)
-    examples = encode_all(valid, model.tokenizer, recipe.data).examples
+    examples = encode_all(valid, model.tokenizer, recipe.data, model.task).examples
     refuse_beyond(model.net, examples, model.n_before)
     rows = valid[: spec.limit] if spec.limit else valid
     if spec.metric != "loss":
-        check_rows(rows, spec.metric, labels)
+        check_rows(rows, spec.metric, labels, model.task)
 
     def evaluate() -> tuple[float, float | None]:
         loss = mean_loss(model, examples, loss_of)

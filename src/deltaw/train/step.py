@@ -38,7 +38,7 @@ def step_gradient(
             batch = collate([examples[i] for i in micro])
             model.run.seed = seed % _SEEDS
             pack = tuple((i, lengths[i], examples[i].n_targets) for i in micro)
-            model.run.pack = pack if packs(model.net) else None
+            model.run.pack = pack if packs(model.net) or model.kind != "causal" else None
             with packed_attention(model.net):
                 if checkpointing:
                     with recomputed_blocks(model.net):
