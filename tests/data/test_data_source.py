@@ -205,7 +205,9 @@ def test_the_shipped_data_sets_are_whole_and_licensed():
     counts = {}
     for folder in sorted(SHIPPED.iterdir()):
         assert (folder / "LICENSE.txt").read_text("utf-8").startswith("Source:")
-        for split in ("train", "valid", "test") if folder.name != "ppl" else ("wiki", "austen"):
+        for split in {"ppl": ("wiki", "austen"), "general_mcq": ("questions",)}.get(
+            folder.name, ("train", "valid", "test")
+        ):
             rows = read_rows(folder / f"{split}.jsonl")
             assert [(row.prompt, row.completion) for row in rows] == [
                 (row["prompt"], row["completion"]) for row in shipped(folder.name, split)
@@ -218,6 +220,7 @@ def test_the_shipped_data_sets_are_whole_and_licensed():
         ("supersense", "train"): 3599,
         ("supersense", "valid"): 299,
         ("supersense", "test"): 600,
+        ("general_mcq", "questions"): 217,
         ("ppl", "wiki"): 24,
         ("ppl", "austen"): 11,
     }

@@ -181,3 +181,38 @@ def test_inspect_describes_every_kind(tmp_path):
     assert "labels" not in found
     assert json.dumps(found)
     assert T5["d_model"] == 32
+
+
+def test_an_embedding_that_is_never_called_is_no_target():
+    model = Model(make_net("t5"))
+    for spec in (deltaw.Lora(rank=3, targets=("shared", "q")), deltaw.Lora(rank=3, save_modules=("shared",))):
+        with pytest.raises(
+            TargetError, match=r"shared is never called .* encoder\.embed_tokens, decoder\.embed_tokens"
+        ):
+            model.attach(spec)
+    ids, decoder = make_ids(2, 5), make_ids(2, 3, seed=6)
+    bare = model.logits(ids, None, decoder)
+    model.attach(deltaw.Lora(rank=3, alpha=5, targets=("encoder.embed_tokens",)))
+    randomise(model)
+    assert float((model.logits(ids, None, decoder) - bare).abs().max().detach()) > 1e-3
+
+
+def test_labels_may_be_a_file(tmp_path):
+    save_base("encoder", tmp_path / "base")
+    (tmp_path / "labels.json").write_text(json.dumps(LABELS))
+    assert load_base(tmp_path / "base", labels=tmp_path / "labels.json").task.labels == tuple(LABELS)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_base(tmp_path / "base", labels="yes,no")
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_quantised_folder_keeps_its_kind(kind, tmp_path):
+    from deltaw.merge.quantise import quantise_base
+    from deltaw.model.quantised import Format
+
+    save_base(kind, tmp_path / "base")
+    quantise_base(tmp_path / "base", tmp_path / "out", Format("int8"))
+    kept, made = load_base(tmp_path / "out"), load_base(tmp_path / "base", "int8")
+    ids, decoder = make_ids(2, 5), None if kind == "bert" else make_ids(2, 3, seed=6)
+    assert kept.kind == made.kind
+    torch.testing.assert_close(kept.logits(ids, None, decoder), made.logits(ids, None, decoder), rtol=0, atol=0)

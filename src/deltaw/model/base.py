@@ -10,7 +10,7 @@ import torch
 
 from deltaw.core.checkpoint_files import read_json
 from deltaw.core.fingerprint import fingerprint_folder
-from deltaw.data.task import Task
+from deltaw.data.task import Task, read_labels
 from deltaw.errors import BaseError, near
 from deltaw.formats import FORMATS, QUANTISED
 from deltaw.model.kinds import folder_kind, wants_labels
@@ -64,7 +64,7 @@ def load_base(
     *,
     block: int = 64,
     double_quant: bool = False,
-    labels: Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     seed: int = 0,
 ) -> Model:
     """Load a base model to attach adapters to.
@@ -75,11 +75,11 @@ def load_base(
     dtype   "float32", "bfloat16", "float16", "float64" or such a torch dtype; "auto": bfloat16 where the CPU has it
     say     called with a sentence when something takes a while (a download, a conversion)
     block, double_quant  of a quantised format: values that share a scale (32 to 4096); scales in 8 bits too
-    labels  what a text classifier chooses from: an encoder gets a fresh head for them. None: as the folder's head has
-            them; encoder-decoders and causal language models have none
+    labels  what a text classifier chooses from, or a JSON file with the list: an encoder gets a fresh head for them.
+            None: as the folder's head has them; encoder-decoders and causal language models have none
     seed    of a fresh head
 
-    Raises BaseError.
+    Raises BaseError, DataError for labels that are no list of two or more.
     """
     dtype = str(dtype).removeprefix("torch.")
     if not isinstance(path, str | Path):
@@ -89,6 +89,7 @@ def load_base(
     how = Format(format, block, double_quant) if format in QUANTISED else None
     if how is None and (double_quant or block != 64):
         raise BaseError("double_quant and block belong to a quantised format: pass format='nf4' or another one too.")
+    labels = None if labels is None else read_labels(labels)
     folder = resolve_base(path, say=say)
     with ThreadPoolExecutor(1) as aside:  # hashing reads the same pages that loading reads
         fingerprint = aside.submit(fingerprint_folder, folder)

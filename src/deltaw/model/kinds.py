@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from deltaw.core.spec import MethodSpec
 from deltaw.data.task import Kind, read_labels
-from deltaw.errors import BaseError
+from deltaw.errors import BaseError, TargetError
 
 AUTO: dict[Kind, Any] = {
     "causal": AutoModelForCausalLM,
@@ -130,6 +130,18 @@ def head_config(net: PreTrainedModel) -> dict[str, Any]:
     by_number = {str(i): name for i, name in enumerate(names)}
     by_name = {name: i for i, name in enumerate(names)}
     return {"architectures": [type(net).__name__], "id2label": by_number, "label2id": by_name}
+
+
+def refuse_idle_embedding(net: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise TargetError where `names` (of modules or tensors) hold T5's or BART's `shared`: encoder and decoder have
+    embeddings of their own with its weight, and never call it."""
+    shared = net.get_input_embeddings()
+    others = [n for n, m in net.named_modules() if m is not shared and getattr(m, "weight", None) is shared.weight]
+    name = next((n for n, m in net.named_modules() if m is shared), None)
+    if kind_of(net) == "seq2seq" and name is not None and any(n in (name, f"{name}.weight") for n in names):
+        raise TargetError(
+            f"{name} is never called in {type(net).__name__}. Name those with its weight: {', '.join(others)}."
+        )
 
 
 # The head ------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from deltaw.model.frozen import FrozenLinear
 from deltaw.model.host import Run
 from deltaw.model.identity import compare
 from deltaw.model.install import Installed
-from deltaw.model.kinds import NAMES, kind_of, labels_of, with_head
+from deltaw.model.kinds import NAMES, kind_of, labels_of, refuse_idle_embedding, with_head
 from deltaw.model.load import refuse_unsupported
 from deltaw.model.places import Places
 from deltaw.model.rescale import Overrides
@@ -149,6 +149,7 @@ class Model:
             raise AdapterError(f"Method {spec.name!r} cuts causal attention, and this base is a {NAMES[self.kind]}.")
         spec = with_head(spec, self.net)
         made = fresh(spec, self.places, torch.Generator().manual_seed(seed), beside)
+        refuse_idle_embedding(self.net, [*made.sites, *made.swaps])
         made.overrides = spec.overrides(self.net.config)
         made.fingerprint = self.fingerprint
         if self.folder is not None:
