@@ -42,12 +42,28 @@ def deltaw(*words: object) -> dict[str, Any]:
     return found
 
 
-def judged(task: str, limit: int, *where: object) -> dict[str, float]:
-    """Exact matches on the task, general questions right, perplexity of Wikipedia."""
-    test = ROOT / "data" / task / "test.jsonl"
-    found = {"exact": deltaw("eval", *where, "--data", test, "--metric", "exact", "--limit", limit)["value"]}
-    for name, (file, metric) in FORGETTING.items():
-        found[name] = deltaw("eval", *where, "--data", ROOT / file, "--metric", metric, "--limit", limit)["value"]
+def judge(task: str, limit: int, base: str, adapter: str | None, how: dict[str, Any]) -> dict[str, float]:
+    """Exact matches on the task, general questions right, perplexity of Wikipedia; as `deltaw eval` computes them."""
+    import deltaw
+    from deltaw.data.source import read_rows
+    from deltaw.train.evaluate import data_spec, evaluate_rows
+
+    model = deltaw.load_base(base, how.get("format", "dense"), "auto", double_quant=how.get("double_quant", False))
+    if adapter is not None:
+        model.attach(adapter)
+    spec = data_spec(model, None, 2048)
+    files = {"exact": (f"data/{task}/test.jsonl", "exact"), **FORGETTING}
+    return {
+        name: evaluate_rows(model, read_rows(ROOT / file)[:limit], metric, spec)["value"]
+        for name, (file, metric) in files.items()
+    }
+
+
+def judged(*arguments: object) -> dict[str, float]:
+    """`judge` in a process of its own, so that what one model leaves behind does not slow the next."""
+    command = [sys.executable, __file__, "--judge", json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
@@ -81,18 +97,17 @@ def one(label: str, task: str, args: argparse.Namespace) -> dict[str, Any]:
     start = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     if done["adapter"]:
         b = METHODS[label].get("base", {})
-        kept = ["--format", b["format"], "--double-quant"] if "format" in b else []
-        where = ["--base", BASE, *kept, "--adapter", done["adapter"]]
+        where: list[Any] = [BASE, done["adapter"], b]
         size = (Path(done["adapter"]) / "adapter_model.safetensors").stat().st_size
     else:
-        where = ["--base", done["model"]]
+        where = [done["model"], None, {}]
         size = sum(f.stat().st_size for f in Path(done["model"]).glob("*.safetensors"))
-    plan = deltaw("plan", file, "--batch", 4, "--length", 256)
+    n_base = deltaw("inspect", BASE)["n_parameters"]
     row = {
         "method": label,
         "task": task,
         "trainable": start["parameters"],
-        "trainable_percent": plan["trainable_percent"],
+        "trainable_percent": 100 * start["parameters"] / n_base,
         "lr": run["recipe"]["train"]["lr"],
         "train_seconds": done["seconds"],
         "tokens": done["tokens"],
@@ -126,23 +141,21 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label in ("base", *METHODS):
-        pair = [rows.get((label, task)) for task in TASKS]
-        if None in pair:
+        there = {task: rows[label, task] for task in TASKS if (label, task) in rows}
+        if not there:
             continue
-        a, b = (row for row in pair if row is not None)
-        merged = "" if label == "base" else _merged(method_class(METHODS[label]["adapter"]["method"]))
+        every = list(there.values())
         trained = label != "base"
         cells = [
             label,
-            f"{a['trainable_percent']:.3g} %" if trained else "",
-            f"{a['exact']:.3f}",
-            f"{b['exact']:.3f}",
-            f"{a['train_seconds']:.0f}, {b['train_seconds']:.0f}" if trained else "",
-            f"{max(a['peak_rss_mb'], b['peak_rss_mb']):,.0f}" if trained else "",
-            f"{a['size_mb']:.3g}" if trained else "",
-            f"{a['general']:.3f}, {b['general']:.3f}" if trained else f"{a['general']:.3f}",
-            f"{a['wiki']:.1f}, {b['wiki']:.1f}" if trained else f"{a['wiki']:.1f}",
-            merged,
+            f"{every[0]['trainable_percent']:.3g} %" if trained else "",
+            *(f"{there[task]['exact']:.3f}" if task in there else "not run" for task in TASKS),
+            ", ".join(f"{row['train_seconds']:.0f}" for row in every) if trained else "",
+            f"{max(row['peak_rss_mb'] for row in every):,.0f}" if trained else "",
+            f"{every[0]['size_mb']:.3g}" if trained else "",
+            ", ".join(f"{row['general']:.3f}" for row in (every if trained else every[:1])),
+            ", ".join(f"{row['wiki']:.1f}" for row in (every if trained else every[:1])),
+            _merged(method_class(METHODS[label]["adapter"]["method"])) if trained else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -183,12 +196,16 @@ def main() -> None:
     p.add_argument("--limit", type=int, default=200, help="rows of each evaluation")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--table", action="store_true", help="only write the tables")
+    p.add_argument("--judge", help=argparse.SUPPRESS)
     args = p.parse_args()
+    if args.judge:
+        print(json.dumps(judge(*json.loads(args.judge))))
+        return
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     for label in [] if args.table else args.methods:
         for task in args.tasks:
             if label == "base":
-                row = {"method": label, "task": task, **judged(task, args.limit, "--base", BASE)}
+                row = {"method": label, "task": task, **judged(task, args.limit, BASE, None, {})}
             else:
                 row = one(label, task, args)
             row = {
