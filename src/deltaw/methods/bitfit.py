@@ -31,7 +31,7 @@ class BitFit(MethodSpec):
     name: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str | None] = "BITFIT"  # a name of ours
     in_peft: ClassVar[bool] = False
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-3
 
     add: bool = False
     norms: bool = True

@@ -41,7 +41,7 @@ class Houlsby(MethodSpec):
     peft_type: ClassVar[str | None] = "BOTTLENECK"  # the LLM-Adapters fork's name
     mergeable: ClassVar[bool] = False
     in_peft: ClassVar[bool] = False
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 5e-4
 
     bottleneck: int = 64
     act: Literal["relu", "gelu", "silu", "tanh"] = "relu"

@@ -42,7 +42,7 @@ class Ia3(MethodSpec):
 
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str | None] = "IA3"
-    lr: ClassVar[float] = 1e-1
+    lr: ClassVar[float] = 3e-2
 
     targets: str | tuple[str, ...] = AUTO
     feedforward: str | tuple[str, ...] = AUTO

@@ -39,7 +39,7 @@ class Vera(MethodSpec):
     name: ClassVar[str] = "vera"
     peft_type: ClassVar[str | None] = "VERA"
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
-    lr: ClassVar[float] = 1e-1
+    lr: ClassVar[float] = 3e-2
 
     rank: int = 256
     d_initial: float = 0.1
