@@ -29,7 +29,7 @@ from deltaw.train.checkpoint import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "smollm2-135m-instruct"
-SIZES = [(1, 128), (4, 256), (8, 512)]  # rows, tokens; the paper: (1, 128), (16, 256), (32, 512) on a GPU
+SIZES = [(1, 128), (4, 256)]  # rows, tokens; the paper: (1, 128), (16, 256), (32, 512) on a GPU
 KINDS: dict[str, dict[str, Any] | None] = {
     "base": None,
     "lora, merged": None,

@@ -132,8 +132,6 @@ def rows_there() -> dict[tuple[str, str], dict[str, Any]]:
 
 def table() -> str:
     """The newest rows as Markdown; each cell of two numbers is supersense, then address_json."""
-    from deltaw.methods import method_class
-
     rows = rows_there()
     lines = [
         "| method | trains | supersense | address_json | seconds | peak memory, MB | file, MB | general questions | "
@@ -155,13 +153,18 @@ def table() -> str:
             f"{every[0]['size_mb']:.3g}" if trained else "",
             ", ".join(f"{row['general']:.3f}" for row in (every if trained else every[:1])),
             ", ".join(f"{row['wiki']:.1f}" for row in (every if trained else every[:1])),
-            _merged(method_class(METHODS[label]["adapter"]["method"])) if trained else "",
+            _merged(METHODS[label]["adapter"]) if trained else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _merged(method: Any) -> str:
+def _merged(adapter: dict[str, Any]) -> str:
+    from deltaw.methods import method_class
+
+    method = method_class(adapter["method"])
+    if adapter.get("add"):
+        return "no: it adds biases"
     return "is a model" if method.trains_base else "yes" if method.mergeable else "no"
 
 
