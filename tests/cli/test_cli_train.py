@@ -167,7 +167,7 @@ def test_control_c_says_how_to_go_on_and_the_same_command_does(written: Path, tm
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if len(lines) == 6:
+            if len(lines) % 60 == 6:  # Python drops one that comes while it runs a finalizer: then press again
                 process.send_signal(signal.SIGINT)
         err = process.stderr.read()
     assert process.returncode == 130, err
