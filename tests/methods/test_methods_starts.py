@@ -11,11 +11,14 @@ from deltaw.core.fingerprint import set_cache_dir
 from deltaw.core.site import LinearSite
 from deltaw.errors import SpecError
 from deltaw.methods.starts import lost, orthonormal, principal
+from deltaw.model.attachment import Attachment
 from deltaw.model.base import load_base
 from deltaw.model.calibrate import input_directions
 from deltaw.model.model import Model
 from deltaw.store.peft import read_adapter, write_adapter
+from deltaw.train.run import train
 from models import make_net, randomise
+from train.tiny_runs import ROWS, recipe, run, save_base
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
@@ -160,3 +163,29 @@ def test_a_bias_only_site_is_settled_as_it_is():
     again.attach(made)
     with torch.no_grad():
         torch.testing.assert_close(again.logits(IDS), model.logits(IDS), rtol=0, atol=ATOL)
+
+
+def test_what_is_fixed_never_trains_whatever_its_place_is_called():
+    # "roberta..." begins like "replace:" and "rows:", which name tensors of another kind
+    params = {name: torch.zeros(2, 2) for name in ("A", "B", "A0", "B0")}
+    made = Attachment(Lora(rank=2, start="pissa"), sites={"roberta.layer.0.query": params})
+    made.swaps["roberta.A0"] = torch.ones(2)
+    names = {"roberta.layer.0.query:A", "roberta.layer.0.query:B", "replace:roberta.A0"}
+    assert set(made.parameters()) == names
+    assert set(made.tensors()) - names == {"roberta.layer.0.query:A0", "roberta.layer.0.query:B0"}
+
+
+@pytest.mark.parametrize("start", ["pissa", "eva"])
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(start, tmp_path):
+    folder = save_base(tmp_path / "base")
+    adapter = {"method": "lora", "rank": 3, "alpha": 5, "start": start}
+    plain = {**recipe(folder), "adapter": adapter}
+    plain["train"] = {"steps": 4, "tokens_per_step": 60, "lr": 0.01, "save_every_s": 0}
+    *_, whole = run(plain, tmp_path / "whole")
+    events = train(plain, tmp_path / "cut", train_rows=ROWS)
+    for event in events:
+        if event.plain()["event"] == "saved" and event.plain()["step"] == 2:
+            break
+    events.close()
+    *_, done = run(plain, tmp_path / "cut")
+    assert read_adapter(done.adapter).id == read_adapter(whole.adapter).id

@@ -507,3 +507,5 @@ def test_lora_plus_by_name_moves_b_by_its_ratio_and_a_as_before(base: Path, opti
 def test_lora_plus_is_refused_where_there_is_no_b(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="lora_plus, and this method has no matrices A and B"):
         make_optimizer({"site:vector": torch.zeros(3)}, TrainSpec(optimizer={"name": "lora_plus"}), tmp_path)
+    with pytest.raises(RecipeError, match="has lora_plus_ratio 4, and this method has no matrices A and B"):
+        make_optimizer({"site:vector": torch.zeros(3)}, TrainSpec(optimizer={"lora_plus_ratio": 4}), tmp_path)

@@ -7,7 +7,7 @@
     down      [m, d]         up [d, m];  down_bias [m], up_bias [d]
     act       one of ACTIVATIONS
 
-It is not linear in its input, so no plain weight can hold it. `apply` is in ops/bottleneck.py.
+It is not linear in its input, so no plain weight can hold it. ops/bottleneck.py computes it.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ else (training, merging, saving, loading, planning, the command line) is written
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
@@ -24,6 +25,29 @@ from deltaw.errors import SpecError, near
 
 Form = Affine | Bottleneck | Prefix
 Params = dict[str, Tensor]
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be at least 1")
+    return value
+
+
+def _below_one(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError("must be at least 0 and below 1")
+    return value
+
+
+def _finite_not_zero(value: float) -> float:
+    if not math.isfinite(value) or value == 0:
+        raise ValueError("must be a finite number other than 0")
+    return value
+
+
+Count = Annotated[int, AfterValidator(_at_least_one)]
+Share = Annotated[float, AfterValidator(_below_one)]
+Factor = Annotated[float, AfterValidator(_finite_not_zero)]
 
 
 @dataclass(frozen=True)

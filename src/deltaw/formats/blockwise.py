@@ -90,20 +90,6 @@ class BlockwiseWeight(nn.Module):
         return cls(blocks, dtype or dense.dtype)
 
     @classmethod
-    def planned(
-        cls,
-        out_features: int,
-        in_features: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        block: int = 64,
-        double_quant: bool = False,
-    ) -> tuple[int, int]:
-        """Bytes of the codes and of the constants of such a matrix, without making it."""
-        made = cls.empty(out_features, in_features, dtype=dtype, block=block, double_quant=double_quant)
-        return made.codes.nbytes, made.nbytes() - made.codes.nbytes
-
-    @classmethod
     def empty(
         cls,
         out_features: int,

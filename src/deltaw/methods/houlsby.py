@@ -9,16 +9,14 @@ adapter changes nothing. No weight of the base can hold it. Count: 2 m d + m + d
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from deltaw.core.bottleneck import Bottleneck
 from deltaw.core.site import BlockSite, Site
-from deltaw.core.spec import MethodSpec, Params, Start
+from deltaw.core.spec import Count, Factor, MethodSpec, Params, Start
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError
 from deltaw.methods.lowrank import peft_places, read_settings
@@ -43,24 +41,10 @@ class Houlsby(MethodSpec):
     in_peft: ClassVar[bool] = False
     lr: ClassVar[float] = 5e-4
 
-    bottleneck: int = 64
+    bottleneck: Count = 64
     act: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    scale: float = 1.0
+    scale: Factor = 1.0
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-
-    @field_validator("bottleneck")
-    @classmethod
-    def _bottleneck_is_positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("scale")
-    @classmethod
-    def _scale_is_a_number(cls, value: float) -> float:
-        if not math.isfinite(value) or value == 0:
-            raise ValueError("must be a finite number other than 0")
-        return value
 
     def sits_at(self, site: Site) -> bool:
         return isinstance(site, BlockSite) and (site.part == "ffn" or self.placement == "houlsby")

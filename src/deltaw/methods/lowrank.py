@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite, Site
-from deltaw.core.spec import MethodSpec, Params
+from deltaw.core.spec import Count, Factor, MethodSpec, Params, Share
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, SpecError
 
@@ -38,34 +38,13 @@ class LowRank(MethodSpec):
                                  linear map and of a norm
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Count = 16
+    alpha: Factor = 32.0
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: Share = 0.0
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     bias: Literal["none", "all", "lora_only"] = "none"
-
-    @field_validator("rank")
-    @classmethod
-    def _rank_is_positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha_is_a_number(cls, value: float) -> float:
-        if not math.isfinite(value) or value == 0:
-            raise ValueError("must be a finite number other than 0")
-        return value
-
-    @field_validator("dropout")
-    @classmethod
-    def _dropout_is_a_share(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("must be at least 0 and below 1")
-        return value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

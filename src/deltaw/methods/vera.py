@@ -15,12 +15,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite
-from deltaw.core.spec import Made, MethodSpec, Params, Start
+from deltaw.core.spec import Count, Factor, Made, MethodSpec, Params, Share, Start
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError
 from deltaw.methods.lowrank import peft_places, read_settings
@@ -30,7 +29,7 @@ class Vera(MethodSpec):
     """Settings of VeRA.
 
     rank             of the shared factors; large, since they cost nothing to train
-    d_initial        what d starts at (section 3.2 of the paper)
+    d_initial        what d starts at (section 3.2 of the paper); not 0: with b zero too nothing could learn
     dropout          on the input of A0, in training only
     projection_seed  A0 and B0 are a function of it and of the widest maps
     save_projection  whether A0 and B0 are in the file, or made again from the seed (as PEFT's does)
@@ -41,32 +40,11 @@ class Vera(MethodSpec):
     fixed: ClassVar[tuple[str, ...]] = ("A0", "B0")
     lr: ClassVar[float] = 3e-2
 
-    rank: int = 256
-    d_initial: float = 0.1
-    dropout: float = 0.0
+    rank: Count = 256
+    d_initial: Factor = 0.1
+    dropout: Share = 0.0
     projection_seed: int = 0
     save_projection: bool = True
-
-    @field_validator("rank")
-    @classmethod
-    def _rank_is_positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("dropout")
-    @classmethod
-    def _dropout_is_a_share(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("must be at least 0 and below 1")
-        return value
-
-    @field_validator("d_initial")
-    @classmethod
-    def _start_is_a_number(cls, value: float) -> float:
-        if not math.isfinite(value) or value == 0:
-            raise ValueError("must be a finite number other than 0: with d and b both zero nothing could learn")
-        return value
 
     @property
     def shared_is_saved(self) -> bool:

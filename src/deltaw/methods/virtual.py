@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from deltaw.core.prefix import Prefix
 from deltaw.core.site import VirtualSite
-from deltaw.core.spec import Made, MethodSpec, Params
+from deltaw.core.spec import Count, Made, MethodSpec, Params
 from deltaw.core.weight import Weight
 from deltaw.methods.lowrank import read_settings
 
@@ -27,19 +26,12 @@ class Virtual(MethodSpec):
     n_tokens  how many positions they take
     """
 
-    n_tokens: int = 20
+    n_tokens: Count = 20
 
     starts_at_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     peft_prefix: ClassVar[str] = "base_model."  # PEFT wraps the model once, not twice
     plain: ClassVar[dict[str, Any]] = {}  # the settings of an adapter whose vectors stand for themselves
-
-    @field_validator("n_tokens")
-    @classmethod
-    def _there_are_some(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
 
     def vectors(self, params: Params, rng: torch.Generator | None = None) -> Tensor:
         """The vectors as they are saved, differentiable in `params`; `rng` draws dropout in a training step."""

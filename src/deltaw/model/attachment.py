@@ -53,7 +53,9 @@ class Attachment:
     def parameters(self) -> dict[str, Tensor]:
         """The tensors that can train, by the same names."""
         fixed = type(self.spec).fixed
-        return {n: t for n, t in self.tensors().items() if n.rpartition(":")[2] not in fixed or n.startswith("r")}
+        held = [*self.sites.values(), self.shared]
+        still = {id(t) for params in held for p, t in params.items() if p in fixed}
+        return {n: t for n, t in self.tensors().items() if id(t) not in still}
 
     def at(self, site: str) -> Params:
         """What `lower` takes at a site: its parameters and the shared ones."""

@@ -68,7 +68,8 @@ def generate(
         raise DataError("A text classifier has no words to answer with: ask for its label (deltaw eval, generate).")
     if model.kind == "seq2seq":
         how = Answering(lambda logits: _choose(logits, sampling, rng), frozenset(ends), max_new_tokens, give_up)
-        return answer(model, prompts, how, batch_size)
+        with model.run.keeping_forms():
+            return answer(model, prompts, how, batch_size)
     front = model.front()
     limit = _positions_left(model, front)
     if limit is not None and prompts and len(prompts[order[0]]) >= limit:

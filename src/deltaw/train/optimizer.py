@@ -59,8 +59,9 @@ def _groups(parameters: dict[str, Tensor], o: OptimizerSpec) -> list[tuple[dict[
     """Parameters that learn equally fast, and how fast."""
     slow = {n: t for n, t in parameters.items() if not n.endswith(":B")}
     fast = {n: t for n, t in parameters.items() if n.endswith(":B")}
-    if o.name == "lora_plus" and not fast:
-        raise RecipeError("train.optimizer is lora_plus, and this method has no matrices A and B. Use name: adamw.")
+    if o.lora_plus_ratio != 1 and not fast:
+        named = "is lora_plus" if o.name == "lora_plus" else f"has lora_plus_ratio {o.lora_plus_ratio:g}"
+        raise RecipeError(f"train.optimizer {named}, and this method has no matrices A and B. Use plain adamw.")
     return [(of_group, ratio) for of_group, ratio in ((slow, 1.0), (fast, o.lora_plus_ratio)) if of_group]
 
 
