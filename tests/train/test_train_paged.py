@@ -214,8 +214,8 @@ def anonymous_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_paged_states_are_no_memory_of_this_process_not_even_to_save_them(tmp_path: Path) -> None:
-    mine = {"w": torch.zeros(6_000_000)}
-    mine["w"].grad = torch.ones(6_000_000)
+    mine = {"w:B": torch.zeros(6_000_000)}
+    mine["w:B"].grad = torch.ones(6_000_000)
     grown = {}
     for paged in (True, False):  # paged first: what it took would be reused
         before = anonymous_bytes()
@@ -300,13 +300,13 @@ def test_short_reads_and_writes_are_gone_on_with(tmp_path: Path, monkeypatch: py
 
 
 def test_only_parameters_on_the_cpu_are_paged(tmp_path: Path) -> None:
-    elsewhere = {"w": torch.zeros(10000, device="meta")}
+    elsewhere = {"w:B": torch.zeros(10000, device="meta")}
     with pytest.raises(RecipeError, match="paged is for parameters on the CPU"):
         ours(elsewhere, tmp_path, paged=True)
-    with pytest.raises(RecipeError, match="bits is 8, and w is float32 on meta"):
+    with pytest.raises(RecipeError, match="bits is 8, and w:B is float32 on meta"):
         ours(elsewhere, tmp_path, bits=8)
-    with pytest.raises(RecipeError, match="bits is 8, and w is float64 on cpu"):
-        ours({"w": torch.zeros(10000, dtype=torch.float64)}, tmp_path, bits=8)
+    with pytest.raises(RecipeError, match="bits is 8, and w:B is float64 on cpu"):
+        ours({"w:B": torch.zeros(10000, dtype=torch.float64)}, tmp_path, bits=8)
 
 
 # Whole runs ------------------------------------------------------------------------------------------
