@@ -93,7 +93,7 @@ def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
 
 def write_table() -> None:
     """Loss and exact matches at each rate, one line a method, between the marks of docs/methods/index.md."""
-    from deltaw.methods import method_class
+    from deltaw.methods import spec_from
     from deltaw.train.optim.settings import RATES
 
     newest = {}
@@ -106,7 +106,7 @@ def write_table() -> None:
         if not rates:
             continue
         optimizer = METHODS[label].get("train", {}).get("optimizer", {}).get("name")
-        default = RATES.get(optimizer, method_class(METHODS[label]["adapter"]["method"]).lr)
+        default = RATES.get(optimizer, spec_from(METHODS[label]["adapter"]).rate)
         cells = []
         for lr in rates:
             row = newest[label, lr]

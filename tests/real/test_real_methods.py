@@ -45,7 +45,7 @@ def test_a_few_steps_learn_and_the_file_computes_the_same(starter, method, tmp_p
         base = starter.logits(ids)
     starter.attach(method_class(method)(**SETTINGS.get(method, {})))
     try:
-        rate = starter.adapters["default"].spec.lr
+        rate = starter.adapters["default"].spec.rate
         parameters = list(starter.trainable().values())
         optimizer = torch.optim.Adam(parameters, lr=rate)
         first = mean_loss(starter, rows, sft)

@@ -244,3 +244,14 @@ def test_the_recipes_that_ship_load() -> None:
     for file in files:
         made = load_recipe(file)
         assert Path(made.data.train).is_file(), file
+
+
+def test_train_recipe_rate_follows_the_settings_that_want_another() -> None:
+    rates = {
+        0.001: {"method": "lora"},
+        0.0005: {"method": "lora", "start": "pissa"},
+        0.003: {"method": "houlsby", "placement": "parallel"},
+    }
+    for rate, adapter in rates.items():
+        recipe = load_recipe({"base": {"path": "b"}, "adapter": adapter, "train": {"steps": 1}})
+        assert recipe.train.lr == rate

@@ -224,6 +224,11 @@ class MethodSpec(BaseModel):
         return True
 
     @property
+    def rate(self) -> float:
+        """The learning rate of a recipe that does not say: `lr`, where no setting of the method wants another."""
+        return self.lr
+
+    @property
     def calibrates(self) -> int:
         """How many directions of its inputs each site needs to start from; 0: none."""
         return 0

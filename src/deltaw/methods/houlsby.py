@@ -46,6 +46,10 @@ class Houlsby(MethodSpec):
     scale: Factor = 1.0
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
 
+    @property
+    def rate(self) -> float:
+        return 3e-3 if self.placement == "parallel" else self.lr
+
     def sits_at(self, site: Site) -> bool:
         return isinstance(site, BlockSite) and (site.part == "ffn" or self.placement == "houlsby")
 

@@ -55,6 +55,10 @@ class Lora(LowRank):
         return self
 
     @property
+    def rate(self) -> float:
+        return self.lr / 2 if self.start in ("pissa", "olora") else self.lr  # both factors move from the first step
+
+    @property
     def calibrates(self) -> int:
         return max([self.rank, *self.rank_pattern.values()]) if self.start == "eva" else 0
 

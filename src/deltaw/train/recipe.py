@@ -191,7 +191,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _learning_rate_suits_the_method(self) -> Recipe:
         if self.train.lr is None:
-            lr = RATES.get(self.train.optimizer.name, type(self.adapter).lr)
+            lr = RATES.get(self.train.optimizer.name, self.adapter.rate)
             train = self.train.model_copy(update={"lr": lr})
             object.__setattr__(self, "train", train)
         return self
