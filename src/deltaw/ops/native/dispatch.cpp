@@ -79,6 +79,98 @@ void share(const Task& task, int64_t n, int64_t cost, int threads) {
     gomp_parallel(work, &job, unsigned(threads), 0);
 }
 
+// Attention: the query heads of a document that share a key-value head are a task, those of a document that would keep a
+// thread busy beyond its share one by one. Largest first, each taken by whoever is free.
+
+struct Part {
+    Heads heads;
+    double cost;
+    float* sums;
+};
+
+int by_cost(const void* a, const void* b) {
+    const Part &x = *(const Part*)a, &y = *(const Part*)b;
+    if (x.cost != y.cost) return x.cost < y.cost ? 1 : -1;
+    const int64_t order = x.heads.doc != y.heads.doc ? x.heads.doc - y.heads.doc : x.heads.first - y.heads.first;
+    return order < 0 ? -1 : 1;
+}
+
+struct Queue {
+    void (*run)(const void* task, int64_t at, int64_t thread);
+    const void* task;
+    int64_t n, next, threads;
+};
+
+void serve(void* data) {
+    Queue& q = *(Queue*)data;
+    const int64_t thread = __atomic_fetch_add(&q.threads, 1, __ATOMIC_RELAXED);
+    for (int64_t at; (at = __atomic_fetch_add(&q.next, 1, __ATOMIC_RELAXED)) < q.n;) q.run(q.task, at, thread);
+}
+
+// task(at, thread) for each of n, in that order; `thread` below `threads`
+template <class Task>
+void each(const Task& task, int64_t n, int threads) {
+    Queue q = {[](const void* t, int64_t at, int64_t thread) { (*(const Task*)t)(at, thread); }, &task, n, 0, 0};
+    if (threads < 2 || !gomp_parallel || n < 2) return serve(&q);
+    gomp_parallel(serve, &q, unsigned(threads), 0);
+}
+
+int attention(const Path* path, int threads, const Attention& t, bool backward) {
+    const int64_t group = t.heads / t.shared, wide = (t.dim + 15) / 16 * 16;
+    const auto length = [&](int64_t doc) { return t.bounds[doc + 1] - t.bounds[doc]; };
+    const auto square = [&](int64_t doc) { return double(length(doc)) * double(length(doc)); };
+    double total = 0;
+    int64_t longest = 0;
+    for (int64_t doc = 0; doc < t.docs; ++doc) {
+        total += square(doc) * double(t.heads);
+        longest = length(doc) > longest ? length(doc) : longest;
+    }
+    if (!gomp_parallel || total * double(t.dim) < 1 << 20) threads = 1;
+    const auto is_split = [&](int64_t doc) {
+        return threads > 1 && group > 1 && 2 * threads * square(doc) * double(group) > total;
+    };
+    int64_t shared_sums = 0;  // floats
+    for (int64_t doc = 0; doc < t.docs; ++doc)
+        if (backward && is_split(doc)) shared_sums += t.heads * 2 * ((length(doc) + 15) / 16 * 16) * wide;
+    const int64_t own = (path->attention_scratch(t, longest, backward) + 63) / 64 * 64;
+    const int64_t parts_size = (t.docs * t.heads * int64_t(sizeof(Part)) + 63) / 64 * 64;
+    void* room = malloc(size_t(parts_size + shared_sums * 4 + threads * own) + 64);
+    if (!room) return 2;
+    Part* parts = (Part*)(((uintptr_t)room + 63) & ~uintptr_t(63));
+    float* sums = (float*)((char*)parts + parts_size);
+    char* scratch = (char*)(sums + shared_sums);
+    int64_t n = 0;
+    for (int64_t doc = 0; doc < t.docs; ++doc) {
+        const bool split = is_split(doc);
+        const int64_t step = split ? 1 : group;
+        if (length(doc) < 1) continue;
+        for (int64_t h = 0; h < t.heads; h += step) {
+            parts[n++] = {{doc, h, h + step}, square(doc) * double(step), split && backward ? sums : nullptr};
+            if (split && backward) sums += 2 * ((length(doc) + 15) / 16 * 16) * wide;
+        }
+    }
+    qsort(parts, size_t(n), sizeof(Part), by_cost);
+    each(
+        [&](int64_t at, int64_t thread) {
+            const Part& part = parts[at];
+            if (backward)
+                path->attend_backward(t, part.heads, part.sums, scratch + thread * own);
+            else
+                path->attend(t, part.heads, scratch + thread * own);
+        },
+        n, threads);
+    if (shared_sums)
+        each(
+            [&](int64_t at, int64_t) {
+                const Part& part = parts[at];
+                if (part.sums && part.heads.first % group == 0)
+                    path->attention_gather(t, part.heads.doc, part.heads.first / group, part.sums);
+            },
+            n, threads);
+    free(room);
+    return 0;
+}
+
 }  // namespace
 
 #define DELTAW_API extern "C" __attribute__((visibility("default")))
@@ -157,4 +249,14 @@ DELTAW_API int deltaw_read(int at, int threads, const uint8_t* bytes, int64_t n,
         n / 64, 64, threads);
     *out = total;
     return 0;
+}
+
+DELTAW_API int deltaw_attend(int at, int threads, const Attention* t) {
+    const Path* path = path_at(at);
+    return path ? attention(path, threads, *t, false) : 1;
+}
+
+DELTAW_API int deltaw_attend_backward(int at, int threads, const Attention* t) {
+    const Path* path = path_at(at);
+    return path ? attention(path, threads, *t, true) : 1;
 }

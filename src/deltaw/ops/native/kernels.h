@@ -560,9 +560,16 @@ float read_sum(const uint8_t* bytes, int64_t first, int64_t last) {
     return V::sum(V::add(V::add(a, b), V::add(c, d)));
 }
 
+}  // namespace
+
+#include "attention.h"
+
+namespace {
+
 const Path THIS = {
     V::NAME, quantise, quantise_dynamic, dequantise_dynamic, dequantise, product_scratch, product_prepare, product,
     read_sum,
+    attention_scratch, attend, attend_backward, attention_gather,
 };
 
 }  // namespace

@@ -63,6 +63,28 @@ struct Product {
     int32_t dtype;
 };
 
+// [tokens, heads, dim] of `dtype`: values from token to token and from head to head; features lie side by side.
+struct Rows {
+    void* at;
+    int64_t token, head;
+};
+
+// Causal attention within each document [bounds[d], bounds[d + 1]); see attention.h. Query head h reads key-value head
+// h / (heads / shared). A token sees itself and the window - 1 before it. g is dO; dq, dk, dv and g are the backward's.
+struct Attention {
+    Rows q, k, v, o, g, dq, dk, dv;
+    float* lse;             // [heads, tokens]
+    const int64_t* bounds;  // [docs + 1]
+    int64_t tokens, heads, shared, dim, docs, window;
+    float scale;
+    int32_t dtype;  // F32 or BF16
+};
+
+// Query heads [first, last) of a document, which share a key-value head
+struct Heads {
+    int64_t doc, first, last;
+};
+
 // Work on items [first, last); items do not depend on each other, so results do not depend on the threads.
 struct Path {
     const char* name;
@@ -74,6 +96,11 @@ struct Path {
     void (*product_prepare)(const Product&, void* scratch);
     void (*product)(const Product&, const void* scratch, int64_t first, int64_t last);  // rows of W
     float (*read_sum)(const uint8_t* bytes, int64_t first, int64_t last);      // 64-byte lines: bandwidth
+    int64_t (*attention_scratch)(const Attention&, int64_t longest, bool backward);  // bytes a thread needs
+    void (*attend)(const Attention&, const Heads&, void* scratch);
+    // dk and dv are written, or with `sums` [2, padded, wide] left there for `attention_gather`: one head, then
+    void (*attend_backward)(const Attention&, const Heads&, float* sums, void* scratch);
+    void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums);
 };
 
 // Null where this compiler or this architecture cannot make it.

@@ -104,6 +104,12 @@ struct V {
         put<PAST>((__m256i*)out, _mm256_permute2x128_si256(even, odd, 0x20));
         put<PAST>((__m256i*)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
     }
+    static F power(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
+    static float largest(F a) {
+        __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+        return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+    }
     static void fence() { _mm_sfence(); }
     static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 };

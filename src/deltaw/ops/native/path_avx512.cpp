@@ -87,6 +87,8 @@ struct V {
         const __m512i b = bytes(p), i = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
         put<PAST>(out, _mm512_permutexvar_epi16(i, t));  // reads the low five bits: the table is there twice
     }
+    static F power(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
+    static float largest(F a) { return _mm512_reduce_max_ps(a); }
     static void fence() { _mm_sfence(); }
     static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
@@ -95,6 +97,24 @@ struct V {
     using H = __m512bh;
     static H load_half(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static F dot_half(H a, H b, F c) { return _mm512_dpbf16_ps(c, a, b); }
+    // Pairs, for attention.h. Subnormals are flushed, as the products flush them.
+    static H half_pair(const uint16_t* p) {
+        int pair;
+        __builtin_memcpy(&pair, p, 4);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static void round_half(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+    static void round_halves(uint16_t* p, F a, F b) { _mm512_storeu_si512(p, mingled((__m512i)_mm512_cvtne2ps_pbh(b, a))); }
+    static void mingle_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)a), high = _mm256_loadu_si256((const __m256i*)b);
+        _mm512_storeu_si512(out, mingled(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
+    }
+    static __m512i mingled(__m512i two) {  // values i of the low and of the high half side by side
+        const __m512i at = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006,
+                                             0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d,
+                                             0x1e000e, 0x1f000f);
+        return _mm512_permutexvar_epi16(at, two);
+    }
 #else
     static constexpr const char* NAME = "avx512";
 #endif

@@ -114,6 +114,21 @@ struct V {
     template <bool PAST> static void expand32(const H16& t, const uint8_t* p, uint16_t* out) {
         for (int k = 0; k < 16; ++k) out[2 * k] = t.v[p[k] >> 4], out[2 * k + 1] = t.v[p[k] & 15];
     }
+    static F power(F a) {
+        F out;
+        for (int l = 0; l < W; ++l) {
+            uint32_t u;
+            memcpy(&u, a.v + l, 4);
+            u <<= 23;
+            memcpy(out.v + l, &u, 4);
+        }
+        return out;
+    }
+    static float largest(F a) {
+        float out = a.v[0];
+        for (int l = 1; l < W; ++l) out = a.v[l] > out ? a.v[l] : out;
+        return out;
+    }
     static void prefetch(const uint8_t*) {}
     static void fence() {}
 #undef EACH

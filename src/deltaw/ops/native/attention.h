@@ -1,0 +1,468 @@
+// Attention over packs of documents, forward and backward: causal within a document, nothing across.
+//
+//   S = scale Q K^T      P = softmax(S)      O = P V       lse = log of the sum of exp(S)
+//   dV = P^T dO      dP = dO V^T      dS = P (dP - delta) scale, delta = sum(dO O)      dQ = dS K      dK = dS^T Q
+//
+// One routine multiplies: C += A B, where an operand is made of units, one float or a pair of bf16 that lie side by
+// side along the summed dimension. A unit of A is spread over a vector and multiplied with W units of a row of B. The
+// operands are copied into panels so that this holds for all seven products:
+//
+//   turned       [summed / DEPTH][W or more][DEPTH]     K and V for S and dP: transposed
+//   interleaved  [summed / DEPTH][dim][DEPTH]           V for O, K for dQ, Q and dO for dK and dV: DEPTH rows mingled
+//
+// Scores exist for ROWS_OF_TILE queries at a time, against KEYS keys. The forward keeps a running maximum and sum
+// (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022), the backward computes P again from lse. What lies
+// beyond the diagonal is left out, a group of TILE queries at a time. Sums are taken in an order that depends on the
+// document alone.
+#pragma once
+#include <math.h>
+
+#include "native.h"
+
+namespace {
+
+constexpr int TILE = W == 16 ? 8 : V::TALL;  // rows of C at a time; divides W, so that groups of rows end where vectors do
+constexpr int BROAD = V::TALL < 3 ? 2 : 3;   // vectors of C at a time
+constexpr int64_t QUERIES = 64;              // that share a pass over the keys
+constexpr int64_t KEYS = 64;                 // whose scores are taken together
+constexpr int64_t WIDEST = 256;              // a head at most
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+const float NONE = -INFINITY;
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Units ----------------------------------------------------------------------------------------------------------------
+
+struct Whole {  // a float
+    using T = float;
+    using R = F;
+    static constexpr int DEPTH = 1;
+    static R one(const T* p) { return V::set1(*p); }
+    static R row(const T* p) { return V::load(p); }
+    static F dot(R a, R b, F c) { return V::fma(a, b, c); }
+    static void along(T* p, F a) { V::store(p, a); }
+    static void across(T* p, const F* rows) { V::store(p, rows[0]); }
+    static void mingle(const T* rows, int64_t, T* out) { V::store(out, V::load(rows)); }
+};
+
+#ifdef DELTAW_BF16_DOT
+struct Paired {  // two bf16; products are exact, sums in float32
+    using T = uint16_t;
+    using R = V::H;
+    static constexpr int DEPTH = 2;
+    static R one(const T* p) { return V::half_pair(p); }
+    static R row(const T* p) { return V::load_half(p); }
+    static F dot(R a, R b, F c) { return V::dot_half(a, b, c); }
+    static void along(T* p, F a) { V::round_half(p, a); }
+    static void across(T* p, const F* rows) { V::round_halves(p, rows[0], rows[1]); }
+    static void mingle(const T* rows, int64_t stride, T* out) { V::mingle_halves(rows, rows + stride, out); }
+};
+#endif
+
+// C += A B ---------------------------------------------------------------------------------------------------------------
+//
+// A [TILE, depth]: ALONG: unit k of row r is at a + r * stride + k * DEPTH; else at a + k * stride + r * DEPTH.
+// B [depth, W * N]: row k at b + k * b_stride.    C [TILE, W * N]: row r at c + r * c_stride.
+
+template <class Op, bool ALONG, int N>
+inline void multiply(const typename Op::T* a, int64_t stride, const typename Op::T* b, int64_t b_stride, int64_t depth,
+                     float* c, int64_t c_stride, bool add) {
+    F sum[TILE][N];
+    for (int r = 0; r < TILE; ++r)
+        for (int n = 0; n < N; ++n) sum[r][n] = add ? V::load(c + r * c_stride + n * W) : V::set1(0);
+    for (int64_t k = 0; k < depth; ++k) {
+        typename Op::R row[N];
+        for (int n = 0; n < N; ++n) row[n] = Op::row(b + k * b_stride + n * W * Op::DEPTH);
+        for (int r = 0; r < TILE; ++r) {
+            const typename Op::R x = Op::one(ALONG ? a + r * stride + k * Op::DEPTH : a + k * stride + r * Op::DEPTH);
+            for (int n = 0; n < N; ++n) sum[r][n] = Op::dot(x, row[n], sum[r][n]);
+        }
+    }
+    for (int r = 0; r < TILE; ++r)
+        for (int n = 0; n < N; ++n) V::store(c + r * c_stride + n * W, sum[r][n]);
+}
+
+// The same for any number of columns, a multiple of W
+template <class Op, bool ALONG>
+inline void multiply_wide(const typename Op::T* a, int64_t stride, const typename Op::T* b, int64_t b_stride,
+                          int64_t depth, float* c, int64_t c_stride, int64_t columns, bool add) {
+    for (int64_t left = columns / W, n; left > 0; left -= n, b += n * W * Op::DEPTH, c += n * W) {
+        const int64_t pieces = (left + BROAD - 1) / BROAD;
+        n = (left + pieces - 1) / pieces;
+        if (n == 1) multiply<Op, ALONG, 1>(a, stride, b, b_stride, depth, c, c_stride, add);
+        if (n == 2) multiply<Op, ALONG, 2>(a, stride, b, b_stride, depth, c, c_stride, add);
+        if (BROAD > 2 && n == 3) multiply<Op, ALONG, BROAD>(a, stride, b, b_stride, depth, c, c_stride, add);
+    }
+}
+
+// Panels -----------------------------------------------------------------------------------------------------------------
+
+// What a routine needs of a document and a head
+struct Place {
+    int64_t start, length, padded;  // the document's tokens; their number up to a multiple of 16
+    int64_t dim, wide;              // features of a head, up to a multiple of 16
+};
+
+inline Place place_of(const Attention& t, int64_t doc) {
+    const int64_t start = t.bounds[doc], length = t.bounds[doc + 1] - start;
+    return {start, length, up(length, 16), t.dim, up(t.dim, 16)};
+}
+
+// Rows [first, first + n) of a head of x, with zeros after their features and up to `padded` rows
+template <class Op, class D>
+inline void copy_rows(const Rows& x, const Place& at, int64_t head, int64_t first, int64_t n, int64_t padded,
+                      typename Op::T* out) {
+    using T = typename Op::T;
+    for (int64_t i = 0; i < n; ++i, out += at.wide) {
+        if (at.dim != at.wide) memset(out, 0, at.wide * sizeof(T));
+        const int64_t from = (at.start + first + i) * x.token + head * x.head;
+        if constexpr (sizeof(T) == sizeof(typename D::T))
+            memcpy(out, (const T*)x.at + from, at.dim * sizeof(T));
+        else
+            read_floats<D>(x.at, from, at.dim, out);
+    }
+    memset(out, 0, (padded - n) * at.wide * sizeof(T));
+}
+
+template <class Op>
+inline void interleave(const typename Op::T* rows, int64_t n, int64_t wide, typename Op::T* out) {
+    for (int64_t i = 0; i < n; i += Op::DEPTH)
+        for (int64_t d = 0; d < wide; d += W) Op::mingle(rows + i * wide + d, wide, out + i * wide + d * Op::DEPTH);
+}
+
+// 16 rows into a turned panel of KEYS columns
+template <class Op>
+inline void turn(const typename Op::T* rows, int64_t wide, typename Op::T* out) {
+    for (int64_t k = 0; k < wide; k += Op::DEPTH, out += KEYS * Op::DEPTH)
+        for (int64_t r = 0; r < 16; ++r) memcpy(out + r * Op::DEPTH, rows + r * wide + k, sizeof(*rows) * Op::DEPTH);
+}
+
+// All keys (or values) of a head: turned, in tiles of KEYS, and interleaved; either may be null
+template <class Op, class D>
+inline void pack(const Rows& x, const Place& at, int64_t head, typename Op::T* turned, typename Op::T* mingled) {
+    alignas(64) typename Op::T rows[16 * WIDEST];
+    for (int64_t j = 0; j < at.length; j += 16) {
+        copy_rows<Op, D>(x, at, head, j, least(16, at.length - j), 16, rows);
+        if (turned) turn<Op>(rows, at.wide, turned + j / KEYS * KEYS * at.wide + j % KEYS * Op::DEPTH);
+        if (mingled) interleave<Op>(rows, 16, at.wide, mingled + j * at.wide);
+    }
+}
+
+// n rows of floats into a head of x
+template <class D>
+inline void write_rows(const Rows& x, const Place& at, int64_t head, int64_t first, int64_t n, const float* values) {
+    for (int64_t i = 0; i < n; ++i)
+        write_floats<D>(x.at, (at.start + first + i) * x.token + head * x.head, at.dim, values + i * at.wide);
+}
+
+// Memory, in pieces that begin where a cache line does
+struct Room {
+    char* at;
+    template <class T>
+    T* take(int64_t n) {
+        T* out = (T*)at;
+        at += up(n * int64_t(sizeof(T)), 64);
+        return out;
+    }
+};
+
+// Scores -----------------------------------------------------------------------------------------------------------------
+
+// 2^x; 0 below 2^-126. Relative error 2e-7.
+inline F exp2_of(F x) {
+    x = V::max(V::set1(-127), x);  // in this order NaN stays
+    const F shifter = V::set1(12582912 + 127);  // 1.5 * 2^23: the nearest integer is in the last bits of the sum
+    const F t = V::add(x, shifter);
+    const F f = V::fma(V::add(t, V::set1(-12582912 - 127)), V::set1(-1), x);
+    F y = V::set1(0.00015345810970757157f);
+    y = V::fma(y, f, V::set1(0.0013399930903688073f));
+    y = V::fma(y, f, V::set1(0.009618489071726799f));
+    y = V::fma(y, f, V::set1(0.05550328642129898f));
+    y = V::fma(y, f, V::set1(0.24022646248340607f));
+    y = V::fma(y, f, V::set1(0.6931471824645996f));
+    y = V::fma(y, f, V::set1(1));
+    return V::mul(y, V::power(t));
+}
+
+inline float exp2_of(float x) {
+    float lanes[W];
+    V::store(lanes, exp2_of(V::set1(x)));
+    return lanes[0];
+}
+
+// The columns of a tile of keys, from key j on, that the TILE queries from i on may see: [first, last), vectors whole
+struct Span {
+    int64_t first, last;
+};
+
+inline Span span_of(const Attention& t, const Place& at, int64_t i, int64_t j) {
+    const int64_t seen = most(0, i - t.window + 1 - j) / W * W;
+    return {seen, least(least(KEYS, at.padded - j), up(i + TILE - j, W))};
+}
+
+// -infinity over the scores in `span` that query i may not see
+inline void hide(const Attention& t, int64_t i, int64_t j, Span span, float* s) {
+    for (int64_t c = span.first; c < i - t.window + 1 - j && c < span.last; ++c) s[c] = NONE;
+    for (int64_t c = most(span.first, i + 1 - j); c < span.last; ++c) s[c] = NONE;
+}
+
+// Forward ----------------------------------------------------------------------------------------------------------------
+
+template <class Op>
+struct Forward {
+    using T = typename Op::T;
+    T *keys, *values, *queries, *probs;
+    float *scores, *out, *top, *sum;
+    Forward(Room& r, int64_t padded, int64_t wide) {
+        keys = r.take<T>(up(padded, KEYS) * wide), values = r.take<T>(padded * wide);
+        queries = r.take<T>(QUERIES * wide), probs = r.take<T>(TILE * KEYS);
+        scores = r.take<float>(TILE * KEYS), out = r.take<float>(QUERIES * wide);
+        top = r.take<float>(QUERIES), sum = r.take<float>(QUERIES);
+    }
+};
+
+// Probabilities of TILE queries from i on against a tile of keys, as yet without their sum; `out` [TILE, wide] is
+// brought to the new maximum
+template <class Op>
+inline void soften(const Attention& t, const Place& at, int64_t i, int64_t j, Span span, Forward<Op>& f, float* top,
+                   float* sum, float* out) {
+    const F by = V::set1(t.scale * LOG2E);
+    for (int r = 0; r < TILE; ++r) {
+        float* s = f.scores + r * KEYS;
+        hide(t, i + r, j, span, s);
+        F high = V::set1(NONE);
+        for (int64_t c = span.first; c < span.last; c += W) high = V::max(high, V::load(s + c));
+        const float found = V::largest(high) * (t.scale * LOG2E);
+        if (found > top[r]) {
+            if (top[r] != NONE) {
+                const float less = exp2_of(top[r] - found);
+                sum[r] *= less;
+                for (int64_t d = 0; d < at.wide; d += W)
+                    V::store(out + r * at.wide + d, V::mul(V::load(out + r * at.wide + d), V::set1(less)));
+            }
+            top[r] = found;
+        }
+        const F less = V::set1(top[r] == NONE ? 0 : -top[r]);  // a row that sees nothing yet
+        F all = V::set1(0);
+        for (int64_t c = span.first; c < span.last; c += W) {
+            const F p = exp2_of(V::fma(V::load(s + c), by, less));
+            all = V::add(all, p);
+            Op::along(f.probs + r * KEYS + c, p);
+        }
+        sum[r] += V::sum(all);
+    }
+}
+
+template <class Op, class D>
+inline void attend_queries(const Attention& t, const Place& at, int64_t head, int64_t i0, Forward<Op>& f) {
+    const int64_t n = least(QUERIES, at.length - i0), rows = up(n, TILE), end = up(i0 + n, Op::DEPTH);
+    copy_rows<Op, D>(t.q, at, head, i0, n, rows, f.queries);
+    memset(f.out, 0, rows * at.wide * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) f.top[r] = NONE, f.sum[r] = 0;
+    for (int64_t j = most(0, i0 - t.window + 1) / KEYS * KEYS; j < i0 + n; j += KEYS)
+        for (int64_t r = 0; r < rows; r += TILE) {
+            const int64_t i = i0 + r;
+            const Span span = span_of(t, at, i, j);
+            if (span.first >= span.last) continue;
+            float* out = f.out + r * at.wide;
+            const typename Op::T* keys = f.keys + j * at.wide + span.first * Op::DEPTH;
+            multiply_wide<Op, true>(f.queries + r * at.wide, at.wide, keys, KEYS * Op::DEPTH, at.wide / Op::DEPTH,
+                                    f.scores + span.first, KEYS, span.last - span.first, false);
+            soften(t, at, i, j, span, f, f.top + r, f.sum + r, out);
+            const int64_t last = least(least(span.last, i + TILE - j), end - j);
+            multiply_wide<Op, true>(f.probs + span.first, KEYS, f.values + (j + span.first) * at.wide,
+                                    at.wide * Op::DEPTH, (last - span.first) / Op::DEPTH, out, at.wide, at.wide, true);
+        }
+    for (int64_t r = 0; r < n; ++r) {
+        const F by = V::set1(1 / f.sum[r]);
+        float* out = f.out + r * at.wide;
+        for (int64_t d = 0; d < at.wide; d += W) V::store(out + d, V::mul(V::load(out + d), by));
+        t.lse[head * t.tokens + at.start + i0 + r] = (f.top[r] + log2f(f.sum[r])) * LN2;
+    }
+    write_rows<D>(t.o, at, head, i0, n, f.out);
+}
+
+template <class Op, class D>
+void attend_as(const Attention& t, const Heads& part, void* scratch) {
+    const Place at = place_of(t, part.doc);
+    const int64_t group = t.heads / t.shared;
+    Room room = {(char*)scratch};
+    Forward<Op> f(room, at.padded, at.wide);
+    for (int64_t h = part.first; h < part.last; ++h) {
+        if (h == part.first || h % group == 0) {
+            pack<Op, D>(t.k, at, h / group, f.keys, nullptr);
+            pack<Op, D>(t.v, at, h / group, nullptr, f.values);
+        }
+        for (int64_t i = 0; i < at.length; i += QUERIES) attend_queries<Op, D>(t, at, h, i, f);
+    }
+}
+
+// Backward ---------------------------------------------------------------------------------------------------------------
+
+template <class Op>
+struct Backward {
+    using T = typename Op::T;
+    T *keys, *values, *key_rows;                        // a document's: turned, turned, interleaved
+    T *queries, *grads, *query_rows, *grad_rows;        // of QUERIES tokens: as they are, and interleaved
+    T *probs, *slopes, *slope_rows;                     // P and dS interleaved [QUERIES, KEYS]; dS [TILE, KEYS]
+    float *scores, *dp, *dq, *lse, *delta, *more, *dk, *dv;
+    Backward(Room& r, int64_t padded, int64_t wide) {
+        keys = r.take<T>(up(padded, KEYS) * wide), values = r.take<T>(up(padded, KEYS) * wide);
+        key_rows = r.take<T>(padded * wide);
+        queries = r.take<T>(QUERIES * wide), grads = r.take<T>(QUERIES * wide);
+        query_rows = r.take<T>(QUERIES * wide), grad_rows = r.take<T>(QUERIES * wide);
+        probs = r.take<T>(QUERIES * KEYS), slopes = r.take<T>(QUERIES * KEYS), slope_rows = r.take<T>(TILE * KEYS);
+        scores = r.take<float>(TILE * KEYS), dp = r.take<float>(TILE * KEYS), dq = r.take<float>(QUERIES * wide);
+        lse = r.take<float>(QUERIES), delta = r.take<float>(QUERIES);
+        dk = r.take<float>(2 * padded * wide), dv = dk + padded * wide, more = r.take<float>(2 * padded * wide);
+    }
+};
+
+// P and dS of TILE queries, `row` the first of them among QUERIES, from their scores and dP
+template <class Op>
+inline void slope(const Attention& t, int64_t i, int64_t j, int64_t row, Span span, Backward<Op>& b) {
+    const F by = V::set1(t.scale * LOG2E), scale = V::set1(t.scale);
+    for (int r = 0; r < TILE; ++r) hide(t, i + r, j, span, b.scores + r * KEYS);
+    for (int r = 0; r < TILE; r += Op::DEPTH)
+        for (int64_t c = span.first; c < span.last; c += W) {
+            F p[Op::DEPTH], d[Op::DEPTH];
+            for (int k = 0; k < Op::DEPTH; ++k) {
+                const int64_t from = (r + k) * KEYS + c;
+                p[k] = exp2_of(V::fma(V::load(b.scores + from), by, V::set1(-b.lse[row + r + k])));
+                d[k] = V::mul(p[k], V::fma(V::load(b.dp + from), scale, V::set1(-b.delta[row + r + k])));
+                Op::along(b.slope_rows + from, d[k]);
+            }
+            Op::across(b.probs + (row + r) * KEYS + c * Op::DEPTH, p);
+            Op::across(b.slopes + (row + r) * KEYS + c * Op::DEPTH, d);
+        }
+}
+
+// lse in powers of two, and delta times the scale, of n queries; zeros up to `rows`
+template <class D>
+inline void constants(const Attention& t, const Place& at, int64_t head, int64_t i0, int64_t n, int64_t rows,
+                      float* lse, float* delta) {
+    alignas(64) float g[WIDEST + W], o[WIDEST + W];
+    for (int64_t r = 0; r < rows; ++r) lse[r] = delta[r] = 0;
+    for (int64_t r = 0; r < n; ++r) {
+        const int64_t token = at.start + i0 + r;
+        read_floats<D>(t.g.at, token * t.g.token + head * t.g.head, at.dim, g);
+        read_floats<D>(t.o.at, token * t.o.token + head * t.o.head, at.dim, o);
+        F sum = V::set1(0);
+        for (int64_t d = 0; d < at.dim; d += W) sum = V::fma(V::load(g + d), V::load(o + d), sum);
+        delta[r] = V::sum(sum) * t.scale;
+        lse[r] = t.lse[head * t.tokens + token] * LOG2E;
+    }
+}
+
+// What QUERIES queries from i0 on give to dk and dv [padded, wide], and their dq
+template <class Op, class D>
+inline void attend_queries_backward(const Attention& t, const Place& at, int64_t head, int64_t i0, Backward<Op>& b,
+                                    float* dk, float* dv) {
+    const int64_t n = least(QUERIES, at.length - i0), rows = up(n, TILE), wide = at.wide;
+    constexpr int64_t DEPTH = Op::DEPTH;
+    copy_rows<Op, D>(t.q, at, head, i0, n, rows, b.queries);
+    copy_rows<Op, D>(t.g, at, head, i0, n, rows, b.grads);
+    interleave<Op>(b.queries, rows, wide, b.query_rows);
+    interleave<Op>(b.grads, rows, wide, b.grad_rows);
+    constants<D>(t, at, head, i0, n, rows, b.lse, b.delta);
+    memset(b.dq, 0, rows * wide * sizeof(float));
+    for (int64_t j = most(0, i0 - t.window + 1) / KEYS * KEYS; j < i0 + n; j += KEYS) {
+        for (int64_t r = 0; r < rows; r += TILE) {
+            const int64_t i = i0 + r;
+            const Span span = span_of(t, at, i, j);
+            const int64_t columns = span.last - span.first, turned = j * wide + span.first * DEPTH;
+            if (columns <= 0) continue;
+            multiply_wide<Op, true>(b.queries + r * wide, wide, b.keys + turned, KEYS * DEPTH, wide / DEPTH,
+                                    b.scores + span.first, KEYS, columns, false);
+            multiply_wide<Op, true>(b.grads + r * wide, wide, b.values + turned, KEYS * DEPTH, wide / DEPTH,
+                                    b.dp + span.first, KEYS, columns, false);
+            slope(t, i, j, r, span, b);
+            const int64_t last = least(span.last, up(i + TILE - j, DEPTH));
+            multiply_wide<Op, true>(b.slope_rows + span.first, KEYS, b.key_rows + (j + span.first) * wide,
+                                    wide * DEPTH, (last - span.first) / DEPTH, b.dq + r * wide, wide, wide, true);
+        }
+        for (int64_t c = 0; c < least(KEYS, at.length - j); c += TILE) {
+            const int64_t first = most(0, j + c - i0) / DEPTH * DEPTH;
+            const int64_t last = up(least(n, j + c + TILE - 1 + t.window - i0), DEPTH);
+            if (first >= last) continue;
+            const int64_t from = first * KEYS + c * DEPTH;
+            multiply_wide<Op, false>(b.probs + from, KEYS * DEPTH, b.grad_rows + first * wide, wide * DEPTH,
+                                     (last - first) / DEPTH, dv + (j + c) * wide, wide, wide, true);
+            multiply_wide<Op, false>(b.slopes + from, KEYS * DEPTH, b.query_rows + first * wide, wide * DEPTH,
+                                     (last - first) / DEPTH, dk + (j + c) * wide, wide, wide, true);
+        }
+    }
+    write_rows<D>(t.dq, at, head, i0, n, b.dq);
+}
+
+inline void add(float* sum, const float* more, int64_t n) {
+    for (int64_t k = 0; k < n; k += W) V::store(sum + k, V::add(V::load(sum + k), V::load(more + k)));
+}
+
+template <class D>
+inline void write_keys(const Attention& t, const Place& at, int64_t shared, const float* sums) {
+    write_rows<D>(t.dk, at, shared, 0, at.length, sums);
+    write_rows<D>(t.dv, at, shared, 0, at.length, sums + at.padded * at.wide);
+}
+
+// Each head's dk and dv are summed on their own and then added, head after head: what one thread does for all heads of
+// a group has the same bits as `gather` of what several did.
+template <class Op, class D>
+void attend_backward_as(const Attention& t, const Heads& part, float* sums, void* scratch) {
+    const Place at = place_of(t, part.doc);
+    const int64_t group = t.heads / t.shared, shared = part.first / group, n = at.padded * at.wide;
+    Room room = {(char*)scratch};
+    Backward<Op> b(room, at.padded, at.wide);
+    pack<Op, D>(t.k, at, shared, b.keys, b.key_rows);
+    pack<Op, D>(t.v, at, shared, b.values, nullptr);
+    for (int64_t h = part.first; h < part.last; ++h) {
+        float* own = sums ? sums : h == part.first ? b.dk : b.more;
+        memset(own, 0, 2 * n * sizeof(float));
+        for (int64_t i = 0; i < at.length; i += QUERIES)
+            attend_queries_backward<Op, D>(t, at, h, i, b, own, own + n);
+        if (own == b.more) add(b.dk, b.more, 2 * n);
+    }
+    if (!sums) write_keys<D>(t, at, shared, b.dk);
+}
+
+// dk and dv of a key-value head from those of its group's heads, one after the other in `sums`
+template <class D>
+void attention_gather_as(const Attention& t, int64_t doc, int64_t shared, float* sums) {
+    const Place at = place_of(t, doc);
+    const int64_t n = 2 * at.padded * at.wide;
+    for (int64_t h = 1; h < t.heads / t.shared; ++h) add(sums, sums + h * n, n);
+    write_keys<D>(t, at, shared, sums);
+}
+
+// By dtype ---------------------------------------------------------------------------------------------------------------
+
+#ifdef DELTAW_BF16_DOT
+using Half = Paired;
+#else
+using Half = Whole;
+#endif
+
+int64_t attention_scratch(const Attention& t, int64_t longest, bool backward) {
+    Room room = {nullptr};
+    const int64_t padded = up(longest, 16), wide = up(t.dim, 16);
+    if (backward) Backward<Whole>(room, padded, wide);  // with the larger units
+    else Forward<Whole>(room, padded, wide);
+    return int64_t(room.at - (char*)nullptr);
+}
+
+void attend(const Attention& t, const Heads& part, void* scratch) {
+    if (t.dtype == F32) attend_as<Whole, Float32>(t, part, scratch);
+    if (t.dtype == BF16) attend_as<Half, BFloat16>(t, part, scratch);
+}
+
+void attend_backward(const Attention& t, const Heads& part, float* sums, void* scratch) {
+    if (t.dtype == F32) attend_backward_as<Whole, Float32>(t, part, sums, scratch);
+    if (t.dtype == BF16) attend_backward_as<Half, BFloat16>(t, part, sums, scratch);
+}
+
+void attention_gather(const Attention& t, int64_t doc, int64_t shared, float* sums) {
+    if (t.dtype == F32) attention_gather_as<Float32>(t, doc, shared, sums);
+    if (t.dtype == BF16) attention_gather_as<BFloat16>(t, doc, shared, sums);
+}
+
+}  // namespace
