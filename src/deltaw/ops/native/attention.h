@@ -25,9 +25,12 @@ constexpr int TILE = W == 16 ? 8 : V::TALL;  // rows of C at a time; divides W, 
 constexpr int BROAD = V::TALL < 3 ? 2 : 3;   // vectors of C at a time
 constexpr int64_t QUERIES = 64;              // that share a pass over the keys
 constexpr int64_t KEYS = 64;                 // whose scores are taken together
+constexpr int64_t FORWARD_KEYS = 128;        // the same in the forward
+constexpr int64_t AHEAD_ROWS = 16;           // fetched before they are read
 constexpr int64_t WIDEST = 256;              // a head at most
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
-const float NONE = -INFINITY;
+constexpr float LEAST = -3e38f;  // a maximum before the first score
+constexpr float STALE = 8;       // powers of two
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -108,12 +111,20 @@ inline Place place_of(const Attention& t, int64_t doc) {
     return {start, length, up(length, 16), t.dim, up(t.dim, 16)};
 }
 
+// A row that is read soon: they lie too far from each other for the processor to guess
+template <class D>
+inline void fetch(const Rows& x, const Place& at, int64_t head, int64_t row) {
+    const auto* p = (const typename D::T*)x.at + (at.start + row) * x.token + head * x.head;
+    for (int64_t d = 0; d < at.dim * int64_t(sizeof(*p)); d += 64) V::prefetch((const uint8_t*)p + d);
+}
+
 // Rows [first, first + n) of a head of x, with zeros after their features and up to `padded` rows
 template <class Op, class D>
 inline void copy_rows(const Rows& x, const Place& at, int64_t head, int64_t first, int64_t n, int64_t padded,
                       typename Op::T* out) {
     using T = typename Op::T;
     for (int64_t i = 0; i < n; ++i, out += at.wide) {
+        fetch<D>(x, at, head, first + i + AHEAD_ROWS);
         if (at.dim != at.wide) memset(out, 0, at.wide * sizeof(T));
         const int64_t from = (at.start + first + i) * x.token + head * x.head;
         if constexpr (sizeof(T) == sizeof(typename D::T))
@@ -130,20 +141,21 @@ inline void interleave(const typename Op::T* rows, int64_t n, int64_t wide, type
         for (int64_t d = 0; d < wide; d += W) Op::mingle(rows + i * wide + d, wide, out + i * wide + d * Op::DEPTH);
 }
 
-// 16 rows into a turned panel of KEYS columns
+// 16 rows into a turned panel of `keys` columns
 template <class Op>
-inline void turn(const typename Op::T* rows, int64_t wide, typename Op::T* out) {
-    for (int64_t k = 0; k < wide; k += Op::DEPTH, out += KEYS * Op::DEPTH)
+inline void turn(const typename Op::T* rows, int64_t wide, int64_t keys, typename Op::T* out) {
+    for (int64_t k = 0; k < wide; k += Op::DEPTH, out += keys * Op::DEPTH)
         for (int64_t r = 0; r < 16; ++r) memcpy(out + r * Op::DEPTH, rows + r * wide + k, sizeof(*rows) * Op::DEPTH);
 }
 
-// All keys (or values) of a head: turned, in tiles of KEYS, and interleaved; either may be null
+// All keys (or values) of a head: turned, in tiles of `keys`, and interleaved; either may be null
 template <class Op, class D>
-inline void pack(const Rows& x, const Place& at, int64_t head, typename Op::T* turned, typename Op::T* mingled) {
+inline void pack(const Rows& x, const Place& at, int64_t head, typename Op::T* turned, typename Op::T* mingled,
+                 int64_t keys) {
     alignas(64) typename Op::T rows[16 * WIDEST];
     for (int64_t j = 0; j < at.length; j += 16) {
         copy_rows<Op, D>(x, at, head, j, least(16, at.length - j), 16, rows);
-        if (turned) turn<Op>(rows, at.wide, turned + j / KEYS * KEYS * at.wide + j % KEYS * Op::DEPTH);
+        if (turned) turn<Op>(rows, at.wide, keys, turned + j / keys * keys * at.wide + j % keys * Op::DEPTH);
         if (mingled) interleave<Op>(rows, 16, at.wide, mingled + j * at.wide);
     }
 }
@@ -195,15 +207,15 @@ struct Span {
     int64_t first, last;
 };
 
-inline Span span_of(const Attention& t, const Place& at, int64_t i, int64_t j) {
+inline Span span_of(const Attention& t, const Place& at, int64_t i, int64_t j, int64_t keys) {
     const int64_t seen = most(0, i - t.window + 1 - j) / W * W;
-    return {seen, least(least(KEYS, at.padded - j), up(i + TILE - j, W))};
+    return {seen, least(least(keys, at.padded - j), up(i + TILE - j, W))};
 }
 
 // -infinity over the scores in `span` that query i may not see
 inline void hide(const Attention& t, int64_t i, int64_t j, Span span, float* s) {
-    for (int64_t c = span.first; c < i - t.window + 1 - j && c < span.last; ++c) s[c] = NONE;
-    for (int64_t c = most(span.first, i + 1 - j); c < span.last; ++c) s[c] = NONE;
+    for (int64_t c = span.first; c < i - t.window + 1 - j && c < span.last; ++c) s[c] = -INFINITY;
+    for (int64_t c = most(span.first, i + 1 - j); c < span.last; ++c) s[c] = -INFINITY;
 }
 
 // Forward ----------------------------------------------------------------------------------------------------------------
@@ -214,40 +226,44 @@ struct Forward {
     T *keys, *values, *queries, *probs;
     float *scores, *out, *top, *sum;
     Forward(Room& r, int64_t padded, int64_t wide) {
-        keys = r.take<T>(up(padded, KEYS) * wide), values = r.take<T>(padded * wide);
-        queries = r.take<T>(QUERIES * wide), probs = r.take<T>(TILE * KEYS);
-        scores = r.take<float>(TILE * KEYS), out = r.take<float>(QUERIES * wide);
+        keys = r.take<T>(up(padded, FORWARD_KEYS) * wide), values = r.take<T>(padded * wide);
+        queries = r.take<T>(QUERIES * wide), probs = r.take<T>(TILE * FORWARD_KEYS);
+        scores = r.take<float>(TILE * FORWARD_KEYS), out = r.take<float>(QUERIES * wide);
         top = r.take<float>(QUERIES), sum = r.take<float>(QUERIES);
     }
 };
 
-// Probabilities of TILE queries from i on against a tile of keys, as yet without their sum; `out` [TILE, wide] is
-// brought to the new maximum
+// Probabilities of TILE queries from i on against a tile of keys, as yet without their sum: 2^(s - top), where `top` is at
+// most STALE below the maximum so far. It seldom moves; `out` [TILE, wide] and `sum` then follow it.
 template <class Op>
 inline void soften(const Attention& t, const Place& at, int64_t i, int64_t j, Span span, Forward<Op>& f, float* top,
                    float* sum, float* out) {
     const F by = V::set1(t.scale * LOG2E);
+    float found[TILE];
+    bool moves = false;
     for (int r = 0; r < TILE; ++r) {
-        float* s = f.scores + r * KEYS;
+        float* s = f.scores + r * FORWARD_KEYS;
         hide(t, i + r, j, span, s);
-        F high = V::set1(NONE);
-        for (int64_t c = span.first; c < span.last; c += W) high = V::max(high, V::load(s + c));
-        const float found = V::largest(high) * (t.scale * LOG2E);
-        if (found > top[r]) {
-            if (top[r] != NONE) {
-                const float less = exp2_of(top[r] - found);
-                sum[r] *= less;
-                for (int64_t d = 0; d < at.wide; d += W)
-                    V::store(out + r * at.wide + d, V::mul(V::load(out + r * at.wide + d), V::set1(less)));
-            }
-            top[r] = found;
+        F high = V::load(s + span.first);
+        for (int64_t c = span.first + W; c < span.last; c += W) high = V::max(high, V::load(s + c));
+        found[r] = V::largest(high) * (t.scale * LOG2E);
+        moves |= found[r] > top[r] + STALE;
+    }
+    if (moves)
+        for (int r = 0; r < TILE; ++r) {
+            if (!(found[r] > top[r])) continue;
+            const float less = exp2_of(top[r] - found[r]);
+            top[r] = found[r], sum[r] *= less;
+            for (int64_t d = 0; d < at.wide; d += W)
+                V::store(out + r * at.wide + d, V::mul(V::load(out + r * at.wide + d), V::set1(less)));
         }
-        const F less = V::set1(top[r] == NONE ? 0 : -top[r]);  // a row that sees nothing yet
+    for (int r = 0; r < TILE; ++r) {
+        const F less = V::set1(-top[r]);
         F all = V::set1(0);
         for (int64_t c = span.first; c < span.last; c += W) {
-            const F p = exp2_of(V::fma(V::load(s + c), by, less));
+            const F p = exp2_of(V::fma(V::load(f.scores + r * FORWARD_KEYS + c), by, less));
             all = V::add(all, p);
-            Op::along(f.probs + r * KEYS + c, p);
+            Op::along(f.probs + r * FORWARD_KEYS + c, p);
         }
         sum[r] += V::sum(all);
     }
@@ -258,19 +274,19 @@ inline void attend_queries(const Attention& t, const Place& at, int64_t head, in
     const int64_t n = least(QUERIES, at.length - i0), rows = up(n, TILE), end = up(i0 + n, Op::DEPTH);
     copy_rows<Op, D>(t.q, at, head, i0, n, rows, f.queries);
     memset(f.out, 0, rows * at.wide * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) f.top[r] = NONE, f.sum[r] = 0;
-    for (int64_t j = most(0, i0 - t.window + 1) / KEYS * KEYS; j < i0 + n; j += KEYS)
+    for (int64_t r = 0; r < rows; ++r) f.top[r] = LEAST, f.sum[r] = 0;
+    for (int64_t j = most(0, i0 - t.window + 1) / FORWARD_KEYS * FORWARD_KEYS; j < i0 + n; j += FORWARD_KEYS)
         for (int64_t r = 0; r < rows; r += TILE) {
             const int64_t i = i0 + r;
-            const Span span = span_of(t, at, i, j);
+            const Span span = span_of(t, at, i, j, FORWARD_KEYS);
             if (span.first >= span.last) continue;
             float* out = f.out + r * at.wide;
             const typename Op::T* keys = f.keys + j * at.wide + span.first * Op::DEPTH;
-            multiply_wide<Op, true>(f.queries + r * at.wide, at.wide, keys, KEYS * Op::DEPTH, at.wide / Op::DEPTH,
-                                    f.scores + span.first, KEYS, span.last - span.first, false);
+            multiply_wide<Op, true>(f.queries + r * at.wide, at.wide, keys, FORWARD_KEYS * Op::DEPTH, at.wide / Op::DEPTH,
+                                    f.scores + span.first, FORWARD_KEYS, span.last - span.first, false);
             soften(t, at, i, j, span, f, f.top + r, f.sum + r, out);
             const int64_t last = least(least(span.last, i + TILE - j), end - j);
-            multiply_wide<Op, true>(f.probs + span.first, KEYS, f.values + (j + span.first) * at.wide,
+            multiply_wide<Op, true>(f.probs + span.first, FORWARD_KEYS, f.values + (j + span.first) * at.wide,
                                     at.wide * Op::DEPTH, (last - span.first) / Op::DEPTH, out, at.wide, at.wide, true);
         }
     for (int64_t r = 0; r < n; ++r) {
@@ -290,8 +306,8 @@ void attend_as(const Attention& t, const Heads& part, void* scratch) {
     Forward<Op> f(room, at.padded, at.wide);
     for (int64_t h = part.first; h < part.last; ++h) {
         if (h == part.first || h % group == 0) {
-            pack<Op, D>(t.k, at, h / group, f.keys, nullptr);
-            pack<Op, D>(t.v, at, h / group, nullptr, f.values);
+            pack<Op, D>(t.k, at, h / group, f.keys, nullptr, FORWARD_KEYS);
+            pack<Op, D>(t.v, at, h / group, nullptr, f.values, FORWARD_KEYS);
         }
         for (int64_t i = 0; i < at.length; i += QUERIES) attend_queries<Op, D>(t, at, h, i, f);
     }
@@ -345,6 +361,7 @@ inline void constants(const Attention& t, const Place& at, int64_t head, int64_t
     for (int64_t r = 0; r < rows; ++r) lse[r] = delta[r] = 0;
     for (int64_t r = 0; r < n; ++r) {
         const int64_t token = at.start + i0 + r;
+        fetch<D>(t.o, at, head, i0 + r + AHEAD_ROWS);
         read_floats<D>(t.g.at, token * t.g.token + head * t.g.head, at.dim, g);
         read_floats<D>(t.o.at, token * t.o.token + head * t.o.head, at.dim, o);
         F sum = V::set1(0);
@@ -369,7 +386,7 @@ inline void attend_queries_backward(const Attention& t, const Place& at, int64_t
     for (int64_t j = most(0, i0 - t.window + 1) / KEYS * KEYS; j < i0 + n; j += KEYS) {
         for (int64_t r = 0; r < rows; r += TILE) {
             const int64_t i = i0 + r;
-            const Span span = span_of(t, at, i, j);
+            const Span span = span_of(t, at, i, j, KEYS);
             const int64_t columns = span.last - span.first, turned = j * wide + span.first * DEPTH;
             if (columns <= 0) continue;
             multiply_wide<Op, true>(b.queries + r * wide, wide, b.keys + turned, KEYS * DEPTH, wide / DEPTH,
@@ -387,9 +404,9 @@ inline void attend_queries_backward(const Attention& t, const Place& at, int64_t
             if (first >= last) continue;
             const int64_t from = first * KEYS + c * DEPTH;
             multiply_wide<Op, false>(b.probs + from, KEYS * DEPTH, b.grad_rows + first * wide, wide * DEPTH,
-                                     (last - first) / DEPTH, dv + (j + c) * wide, wide, wide, true);
+                                     (last - first) / DEPTH, dv + (j + c) * wide, wide, wide, j + c < i0);
             multiply_wide<Op, false>(b.slopes + from, KEYS * DEPTH, b.query_rows + first * wide, wide * DEPTH,
-                                     (last - first) / DEPTH, dk + (j + c) * wide, wide, wide, true);
+                                     (last - first) / DEPTH, dk + (j + c) * wide, wide, wide, j + c < i0);
         }
     }
     write_rows<D>(t.dq, at, head, i0, n, b.dq);
@@ -413,11 +430,10 @@ void attend_backward_as(const Attention& t, const Heads& part, float* sums, void
     const int64_t group = t.heads / t.shared, shared = part.first / group, n = at.padded * at.wide;
     Room room = {(char*)scratch};
     Backward<Op> b(room, at.padded, at.wide);
-    pack<Op, D>(t.k, at, shared, b.keys, b.key_rows);
-    pack<Op, D>(t.v, at, shared, b.values, nullptr);
+    pack<Op, D>(t.k, at, shared, b.keys, b.key_rows, KEYS);
+    pack<Op, D>(t.v, at, shared, b.values, nullptr, KEYS);
     for (int64_t h = part.first; h < part.last; ++h) {
         float* own = sums ? sums : h == part.first ? b.dk : b.more;
-        memset(own, 0, 2 * n * sizeof(float));
         for (int64_t i = 0; i < at.length; i += QUERIES)
             attend_queries_backward<Op, D>(t, at, h, i, b, own, own + n);
         if (own == b.more) add(b.dk, b.more, 2 * n);
