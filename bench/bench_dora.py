@@ -16,10 +16,8 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -30,9 +28,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from bench_train import Worker
 from ours_step import make_examples
 from peers.peft_step import LINEARS, make_batch
+from workers import Worker, serve
 
 HERE = Path(__file__).resolve().parent
 RANK, ALPHA, LR = 16, 32, 5e-4
@@ -107,17 +105,11 @@ def peft_step(args: argparse.Namespace, method: str) -> Callable[[], float]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Print `ready`, then for each line `step` one JSON line."""
+    """Serve steps."""
     torch.set_num_threads(args.threads)
     tool, _, method = args.worker.partition("/")
     step = (deltaw_step if tool == "deltaw" else peft_step)(args, method)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start, busy = time.perf_counter(), time.process_time()
-        loss = step()
-        found = {"seconds": time.perf_counter() - start, "cpu_s": time.process_time() - busy, "loss": loss}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps(found | {"peak_rss_mb": round(peak / 1024, 1)}), flush=True)
+    serve(step)
 
 
 # The comparison --------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 import deltaw
-from bench_train import HERE
 from deltaw.methods import Full
 from deltaw.model.load import resolve_base
 from deltaw.model.model import Model
@@ -40,8 +39,8 @@ from deltaw.train.optimizer import make_optimizer
 from deltaw.train.planning import optimizer_bytes
 from deltaw.train.recipe import TrainSpec
 from deltaw.train.step import step_gradient
-from full_step import anonymous_mb
 from ours_step import make_examples
+from workers import HERE, status_mb
 
 
 def settings(rank: int) -> dict[str, dict[str, Any]]:
@@ -118,7 +117,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     model = with_gradients(args)
     parameters, sites = model.trainable(), model.places.sites.values()
     spec = TrainSpec(lr=1e-5, optimizer=settings(args.rank)[args.part])
-    before = anonymous_mb()
+    before = status_mb("RssAnon")
     optimizer = make_optimizer(parameters, spec, args.folder, sites)
     seconds = []
     for number in range(1 + args.updates):
@@ -127,7 +126,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         if number == 0:
             release_free_memory()
-            after = anonymous_mb()
+            after = status_mb("RssAnon")
     update = statistics.median(seconds[1:])
     return {
         "planned_bytes": optimizer_bytes(parameters, spec, sites),

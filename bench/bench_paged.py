@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_train import HERE, Worker
 from deltaw.model.load import resolve_base
 from deltaw.train.checkpoint import machine, versions
+from workers import HERE, Worker
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "resident": {},

@@ -1,16 +1,14 @@
 """One full fine-tuning step at a time, as a worker that bench_paged.py drives over stdin.
 
 `tokens` random tokens in rows of `length`, the second half of each row targets, clipping at 1.0, AdamW with the
-settings given. A first step of a few tokens makes the states. Then it prints `ready`, and for each line `step` one
-JSON line, and ends with its input. Memory is this process's resident anonymous bytes, in MB (10^6 bytes).
+settings given. A first step of a few tokens makes the states before it is ready (workers.py). Memory is this process's
+resident anonymous bytes, in MB (10^6 bytes).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
 import time
 from pathlib import Path
 
@@ -23,13 +21,7 @@ from deltaw.train.optimizer import make_optimizer
 from deltaw.train.recipe import TrainSpec
 from deltaw.train.step import step_gradient
 from ours_step import make_examples
-
-
-def anonymous_mb() -> float | None:
-    """Resident anonymous memory now; None where it cannot be read."""
-    status = Path("/proc/self/status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 / 1e6 if found else None
+from workers import serve, status_mb
 
 
 def main() -> None:
@@ -46,7 +38,7 @@ def main() -> None:
     model = deltaw.load_base(args.base, dtype="float32")
     model.attach(Full(), seed=0)
     parameters = model.trainable()
-    before = anonymous_mb()
+    before = status_mb("RssAnon")
     optimizer = make_optimizer(parameters, TrainSpec(lr=1e-5, optimizer=args.optimizer), args.folder)
     examples = make_examples(model.net.config.vocab_size, args.tokens // args.length, args.length, seed=0)
 
@@ -57,7 +49,7 @@ def main() -> None:
         update = time.perf_counter()
         optimizer.step()
         end = time.perf_counter()
-        during = anonymous_mb()  # gradients and states
+        during = status_mb("RssAnon")  # gradients and states
         optimizer.zero_grad()
         return {
             "seconds": time.perf_counter() - start,
@@ -70,11 +62,7 @@ def main() -> None:
         }
 
     step(1)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() != "step":
-            raise SystemExit(f"full_step: unknown line {line.strip()!r}; the only one is 'step'")
-        print(json.dumps(step(len(examples))), flush=True)
+    serve(lambda: step(len(examples)))
 
 
 if __name__ == "__main__":

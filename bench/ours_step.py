@@ -1,26 +1,23 @@
-"""One training step of deltaw at a time, as a worker that bench_train.py drives over stdin.
+"""One training step of deltaw at a time, as a worker that a bench drives over stdin (workers.py).
 
 The same step as peers/peft_step.py: LoRA on all seven linears, `batch` rows of `length` random tokens, the second
-half of each row targets, clipping at 1.0, AdamW. It prints `ready`, then for each line `step` one JSON line
-{"seconds", "loss", "peak_rss_mb"}, and ends with its input.
+half of each row targets, clipping at 1.0, AdamW. With `--format nf4` the base is quantised as it loads, with double
+quantisation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 
 import torch
 
 import deltaw
 from deltaw.data.template import Example
-from deltaw.train.loop import peak_rss_mb
 from deltaw.train.loss import sft
 from deltaw.train.optimizer import make_optimizer
 from deltaw.train.recipe import TrainSpec
 from deltaw.train.step import step_gradient
+from workers import serve
 
 N_SPECIAL = 17  # SmolLM2's vocabulary starts with its special tokens; they are not text
 
@@ -28,11 +25,13 @@ N_SPECIAL = 17  # SmolLM2's vocabulary starts with its special tokens; they are 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", required=True)
+    p.add_argument("--format", choices=["dense", "nf4"], default="dense")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--alpha", type=int, default=32)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--lr", type=float, default=5e-4)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=2)
     return p.parse_args()
@@ -49,22 +48,20 @@ def make_examples(vocab_size: int, batch: int, length: int, seed: int) -> list[E
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    model = deltaw.load_base(args.base, dtype=args.dtype)
+    model = deltaw.load_base(args.base, args.format, args.dtype, double_quant=args.format != "dense")
     model.attach(deltaw.Lora(rank=args.rank, alpha=args.alpha), seed=args.seed)
     parameters = model.trainable()
-    optimizer = make_optimizer(parameters, TrainSpec())
+    optimizer = make_optimizer(parameters, TrainSpec(lr=args.lr))
     examples = make_examples(model.net.config.vocab_size, args.batch, args.length, args.seed)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() != "step":
-            raise SystemExit(f"ours_step: unknown line {line.strip()!r}; the only one is 'step'")
-        start = time.perf_counter()
+
+    def step() -> float:
         loss, _, _ = step_gradient(model, examples, sft)
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mb": peak_rss_mb()}), flush=True)
+        return loss
+
+    serve(step)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write a sharded Llama checkpoint with random weights, for loading and memory figures of a size that ships nowhere.
 
-    .venv/bin/python bench/synthetic_llama.py OUT [--hidden 2048] [--inner 5632] [--layers 30] [--dtype bfloat16]
+    .venv/bin/python bench/synthetic_llama.py OUT [--hidden 2048] [--inner 5632] [--layers 32] [--dtype bfloat16]
 
-The defaults have 1.5 billion parameters in 3 GB of bfloat16, in shards of 1 GB. Weights are normal with the standard
+The defaults have 1.6 billion parameters in 3.2 GB of bfloat16, in shards of 1 GB. Weights are normal with the standard
 deviation that keeps activations of order one, written one shard at a time. The tokenizer is the starter's.
 """
 
@@ -54,13 +54,14 @@ def main() -> None:
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--heads", type=int, default=16)
     p.add_argument("--kv-heads", type=int, default=8)
+    p.add_argument("--vocab", type=int, help="rows of the embedding; the tokenizer's tokens by default")
     p.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     p.add_argument("--shard-bytes", type=int, default=1_000_000_000)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.inner,
+        vocab_size=args.vocab or len(tokenizer), hidden_size=args.hidden, intermediate_size=args.inner,
         num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
         max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         architectures=["LlamaForCausalLM"], dtype=args.dtype,

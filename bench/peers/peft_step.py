@@ -1,34 +1,33 @@
-"""One training step of HF PEFT at a time, as a worker that a bench drives over stdin.
+"""One training step of HF PEFT at a time, as a worker that a bench drives over stdin (bench/workers.py).
 
 The question is asked by the bench that starts it: is our training step at least as fast as PEFT's? Two such
 workers (ours and this one) in one process tree, stepped in turn, give a ratio that a shared machine does not
-bend. The step is the one of BASELINES.md: LoRA on all seven linears of a bf16 base, `batch` rows of `length`
-tokens drawn at random from the vocabulary, the second half of each row targets, SDPA attention, adapters in
-the dtype PEFT gives them (float32): forward, loss, backward, clipping at 1.0, AdamW. Nothing padded, nothing
-checkpointed.
+bend. The step: LoRA on all seven linears of a bf16 base, `batch` rows of `length` tokens drawn at random from
+the vocabulary, the second half of each row targets, SDPA attention, adapters in the dtype PEFT gives them
+(float32): forward, loss, backward, clipping at 1.0, AdamW. Nothing padded, nothing checkpointed.
 
     peers-env/bin/python bench/peers/peft_step.py --base DIR --rank 16 --alpha 32 --batch 8 --length 256 \
         --dtype bfloat16 --seed 0
 
-It prints `ready`, then for each line `step` one JSON line {"seconds", "loss", "peak_rss_mb"}, and ends with
-its input. `seconds` is the whole step with zero_grad; the first steps also pay for page faults and the
-choice of kernels, so leave them out. `--autocast` runs the forward under bf16 autocast, as TRL does: quote
-the faster of the two.
+`seconds` is the whole step with zero_grad; the first steps also pay for page faults and the choice of kernels
+(with `--compile` for the compiler), so leave them out. `--autocast` runs the forward under bf16 autocast, as TRL
+does: quote the faster of the two. `--nf4` keeps the base in NF4 with double quantisation by bitsandbytes, prepared
+as users do.
 """
 
 import argparse
-import json
 import os
-import resource
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # workers.py
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from workers import serve
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 N_SPECIAL = 17  # SmolLM2's vocabulary starts with its special tokens; they are not text
@@ -46,6 +45,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--autocast", action="store_true", help="bf16 autocast around the forward")
+    p.add_argument("--compile", action="store_true", help="torch.compile of the model, with its defaults")
+    p.add_argument("--nf4", action="store_true", help="the base in 4 bits by bitsandbytes; the rest in float32")
     return p.parse_args()
 
 
@@ -61,24 +62,40 @@ def make_batch(vocab_size: int, batch: int, length: int, seed: int) -> tuple[tor
     return ids, labels
 
 
-class Worker:
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    """The base as PEFT's users have it."""
+    dtype = getattr(torch, args.dtype)
+    if not args.nf4:
+        return AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, attn_implementation="sdpa")
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        args.base, dtype=dtype, attn_implementation="sdpa", quantization_config=four, device_map="cpu"
+    )
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+
+
+class Stepper:
     """A PEFT model, its optimizer and one batch; `step` runs one optimizer step on it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        base = AutoModelForCausalLM.from_pretrained(
-            args.base, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
-        )
+        base = load(args)
         lora = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=LINEARS, task_type="CAUSAL_LM")
         self.model = get_peft_model(base, lora).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.lr)
         self.ids, self.labels = make_batch(base.config.vocab_size, args.batch, args.length, args.seed)
         self.autocast = args.autocast
+        self.forward = torch.compile(self.model) if args.compile else self.model
 
     def step(self) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss
+            loss = self.forward(input_ids=self.ids, labels=self.labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -86,23 +103,10 @@ class Worker:
         return loss.item()
 
 
-def peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return round(peak / (1024**2 if sys.platform == "darwin" else 1024), 1)
-
-
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    worker = Worker(args)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() != "step":
-            raise SystemExit(f"peft_step: unknown line {line.strip()!r}; the only one is 'step'")
-        start = time.perf_counter()
-        loss = worker.step()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mb": peak_rss_mb()}), flush=True)
+    serve(Stepper(args).step)
 
 
 if __name__ == "__main__":
