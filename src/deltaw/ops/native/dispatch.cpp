@@ -260,3 +260,46 @@ DELTAW_API int deltaw_attend_backward(int at, int threads, const Attention* t) {
     const Path* path = path_at(at);
     return path ? attention(path, threads, *t, true) : 1;
 }
+
+// Elementwise operations of transformer blocks -------------------------------------------------------------------------
+
+namespace {
+
+template <class Task>
+int share_elementwise(int at, int threads, void (*Elementwise::*kernel)(const Task&, int64_t, int64_t), const Task* task,
+                      int64_t n, int64_t cost) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const auto run = path->elementwise->*kernel;
+    share([&](int64_t first, int64_t last) { run(*task, first, last); }, n, cost, threads);
+    return 0;
+}
+
+int64_t bytes(int64_t n, int32_t dtype) { return n * (dtype == F32 ? 4 : 2); }
+
+}  // namespace
+
+DELTAW_API int deltaw_rms_norm(int at, int threads, const RmsNorm* t) {
+    return share_elementwise(at, threads, &Elementwise::rms_norm, t, t->n, bytes(2 * t->d, t->dtype));
+}
+
+DELTAW_API int deltaw_rms_norm_backward(int at, int threads, const RmsNormBackward* t) {
+    const int64_t n_chunks = (t->n + t->chunk - 1) / t->chunk, cost = bytes(3 * t->chunk * t->d, t->dtype);
+    return share_elementwise(at, threads, &Elementwise::rms_norm_backward, t, n_chunks, cost);
+}
+
+DELTAW_API int deltaw_rotate(int at, int threads, const Rotate* t) {
+    return share_elementwise(at, threads, &Elementwise::rotate, t, t->n, bytes(2 * t->heads * t->r, t->dtype));
+}
+
+DELTAW_API int deltaw_gated(int at, int threads, const Gated* t) {
+    return share_elementwise(at, threads, &Elementwise::gated, t, t->n, bytes(3 * t->f, t->dtype));
+}
+
+DELTAW_API int deltaw_gated_backward(int at, int threads, const Gated* t) {
+    return share_elementwise(at, threads, &Elementwise::gated_backward, t, t->n, bytes(6 * t->f, t->dtype));
+}
+
+DELTAW_API int deltaw_cross_entropy(int at, int threads, const CrossEntropy* t) {
+    return share_elementwise(at, threads, &Elementwise::cross_entropy, t, t->n, bytes(3 * t->v, t->dtype));
+}

@@ -565,11 +565,13 @@ float read_sum(const uint8_t* bytes, int64_t first, int64_t last) {
 #include "attention.h"
 
 namespace {
+extern const Elementwise ELEMENTWISE;  // elementwise.h
 
 const Path THIS = {
     V::NAME, quantise, quantise_dynamic, dequantise_dynamic, dequantise, product_scratch, product_prepare, product,
     read_sum,
     attention_scratch, attend, attend_backward, attention_gather,
+    &ELEMENTWISE,
 };
 
 }  // namespace

@@ -85,6 +85,76 @@ struct Heads {
     int64_t doc, first, last;
 };
 
+// Elementwise operations of transformer blocks (elementwise.h); every dtype in them is F32 or BF16 ---------------------
+
+// Rows of d values: row r lies at token r / heads, head r % heads, which is at + token * stride + head * d.
+struct Strided {
+    void* at;  // null: not there
+    int64_t stride;
+};
+
+// y = x rstd gain, rstd = 1 / sqrt(mean(x^2) + eps). gain [d] may be null: ones.
+struct RmsNorm {
+    Strided x, y;
+    const float* gain;
+    float* rstd;  // [n]
+    int64_t n, heads, d;
+    float eps;
+    int32_t dtype;
+};
+
+// dx = rstd (g gain - x_hat mean(g gain x_hat)) + add, x_hat = x rstd; add may be null.
+// partial [ceil(n / chunk), d], or null: the sums of g x_hat over each `chunk` rows.
+struct RmsNormBackward {
+    Strided g, x, add, dx;
+    const float* gain;
+    const float* rstd;
+    float* partial;
+    int64_t n, heads, d, chunk;
+    int32_t dtype;
+};
+
+// The first r of d features of each head turn, in halves; back: the transposed map.
+struct Rotate {
+    Strided x;
+    const float* cos;  // [n, r]
+    const float* sin;
+    int64_t n, heads, d, r;
+    int32_t dtype, back;
+};
+
+enum Act : int32_t { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+// h = act(gate) up; with dh: gate and up become their gradients, and h may be dh's own memory.
+struct Gated {
+    Strided gate, up, h, dh;
+    int64_t n, f;
+    int32_t dtype, act;
+};
+
+// losses [n] = logsumexp(logits_i) - logits_i[target_i]; out = scale (softmax - onehot), which may be the logits'
+// own memory, or null.
+struct CrossEntropy {
+    const void* logits;  // [n, v]
+    void* out;
+    const int64_t* targets;
+    float* losses;
+    int64_t n, v;
+    float scale;
+    int32_t dtype;
+};
+
+struct Elementwise {
+    void (*rms_norm)(const RmsNorm&, int64_t first, int64_t last);                   // rows
+    void (*rms_norm_backward)(const RmsNormBackward&, int64_t first, int64_t last);  // chunks of rows
+    void (*rotate)(const Rotate&, int64_t first, int64_t last);                      // tokens
+    void (*gated)(const Gated&, int64_t first, int64_t last);                        // rows
+    void (*gated_backward)(const Gated&, int64_t first, int64_t last);               // rows
+    void (*cross_entropy)(const CrossEntropy&, int64_t first, int64_t last);         // rows
+};
+
+// ----------------------------------------------------------------------------------------------------------------------
+
 // Work on items [first, last); items do not depend on each other, so results do not depend on the threads.
 struct Path {
     const char* name;
@@ -101,6 +171,7 @@ struct Path {
     // dk and dv are written, or with `sums` [2, padded, wide] left there for `attention_gather`: one head, then
     void (*attend_backward)(const Attention&, const Heads&, float* sums, void* scratch);
     void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums);
+    const Elementwise* elementwise;
 };
 
 // Null where this compiler or this architecture cannot make it.

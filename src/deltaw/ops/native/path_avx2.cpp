@@ -110,6 +110,15 @@ struct V {
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
+    // for elementwise.h
+    static void store_bf16_flushed(uint16_t* p, F a) { store_bf16(p, a); }
+    static F scale2(F a, F n) {  // in two steps: one exponent does not reach from 1 to the least subnormal
+        const __m256i whole = _mm256_cvtps_epi32(n), part = _mm256_srai_epi32(whole, 1);
+        return mul(mul(a, two_to(part)), two_to(_mm256_sub_epi32(whole, part)));
+    }
+    static F two_to(I n) { return _mm256_castsi256_ps(_mm256_slli_epi32(iadd(n, iset1(127)), 23)); }
+    static F where_negative(F test, F a, F b) { return _mm256_blendv_ps(b, a, test); }
+
     static void fence() { _mm_sfence(); }
     static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 };
@@ -117,6 +126,7 @@ struct V {
 }  // namespace
 
 #include "kernels.h"
+#include "elementwise.h"
 
 const Path* path_avx2() { return &THIS; }
 

@@ -89,12 +89,19 @@ struct V {
     }
     static F power(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
     static float largest(F a) { return _mm512_reduce_max_ps(a); }
+    // for elementwise.h
+    static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+    static F where_negative(F test, F a, F b) {
+        return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), b, a);
+    }
+
     static void fence() { _mm_sfence(); }
     static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #ifdef DELTAW_BF16_DOT
     static constexpr const char* NAME = "avx512_bf16";
     using H = __m512bh;
+    static void store_bf16_flushed(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
     static H load_half(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static F dot_half(H a, H b, F c) { return _mm512_dpbf16_ps(c, a, b); }
     // Pairs, for attention.h. Subnormals are flushed, as the products flush them.
@@ -117,12 +124,14 @@ struct V {
     }
 #else
     static constexpr const char* NAME = "avx512";
+    static void store_bf16_flushed(uint16_t* p, F a) { store_bf16(p, a); }
 #endif
 };
 
 }  // namespace
 
 #include "kernels.h"
+#include "elementwise.h"
 
 const Path* DELTAW_PATH() { return &THIS; }
 

@@ -129,6 +129,24 @@ struct V {
         for (int l = 1; l < W; ++l) out = a.v[l] > out ? a.v[l] : out;
         return out;
     }
+    // for elementwise.h
+    static void store_bf16_flushed(uint16_t* p, F a) { store_bf16(p, a); }
+    static I whole(F a) { EACH(I, a.v[l] == a.v[l] ? int32_t(a.v[l]) : 0); }
+    static I halved(I a) { EACH(I, a.v[l] >> 1); }
+    static I less(I a, I b) { EACH(I, a.v[l] - b.v[l]); }
+    static F two_to(I n) {
+        uint32_t bits[W];
+        for (int l = 0; l < W; ++l) bits[l] = uint32_t(n.v[l] + 127) << 23;
+        F out;
+        memcpy(out.v, bits, sizeof bits);
+        return out;
+    }
+    static F scale2(F a, F n) {  // in two steps: one exponent does not reach from 1 to the least subnormal
+        const I all = whole(n), part = halved(all);
+        return mul(mul(a, two_to(part)), two_to(less(all, part)));
+    }
+    static F where_negative(F test, F a, F b) { EACH(F, test.v[l] < 0 ? a.v[l] : b.v[l]); }
+
     static void prefetch(const uint8_t*) {}
     static void fence() {}
 #undef EACH
@@ -137,5 +155,6 @@ struct V {
 }  // namespace
 
 #include "kernels.h"
+#include "elementwise.h"
 
 const Path* path_scalar() { return &THIS; }
