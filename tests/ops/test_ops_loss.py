@@ -1,13 +1,18 @@
-"""`summed_cross_entropy` is torch's cross_entropy(reduction="sum"): value and gradient."""
+"""The loss is torch's cross_entropy, row by row and summed: value and gradient, on every path."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from made_rows import DTYPES, assert_rounded_once
 
-from deltaw.ops import loss
-from deltaw.ops.loss import summed_cross_entropy
+from deltaw.errors import ShapeError
+from deltaw.ops import loss, native
+from deltaw.ops.loss import cross_entropy_, summed_cross_entropy
 
 ROWS, VOCAB = 11, 37
 
@@ -21,6 +26,8 @@ def logits_and_targets(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(params=[1_000_000, 4 * VOCAB, VOCAB, 1], ids=["one chunk", "3 chunks", "row by row", "tiny limit"])
 def chunked(request, monkeypatch):
     monkeypatch.setattr(loss, "_CHUNK_VALUES", request.param)
+    with native.forced("reference"):  # which alone has chunks
+        yield
 
 
 @pytest.mark.usefixtures("chunked")
@@ -54,7 +61,7 @@ def test_bfloat16_logits_give_a_float32_value_and_a_gradient_within_one_rounding
     torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=rtol, atol=scale * 1e-6)
 
 
-def test_the_scale_of_the_loss_is_not_rounded_to_bfloat16():
+def test_the_scale_of_the_loss_is_not_rounded_to_bfloat16(any_path):
     logits, targets = logits_and_targets(torch.bfloat16)
     got = logits.clone().requires_grad_()
     scale = (1 + 2**-8) / 2**10  # halfway between two bfloat16 numbers
@@ -64,7 +71,7 @@ def test_the_scale_of_the_loss_is_not_rounded_to_bfloat16():
     assert torch.equal(got.grad, (whole.grad.float() * scale).bfloat16())
 
 
-def test_large_logits_do_not_overflow_and_the_input_is_not_changed():
+def test_large_logits_do_not_overflow_and_the_input_is_not_changed(any_path):
     logits = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 1.0]])
     before, targets = logits.clone(), torch.tensor([1, 2])
     value = summed_cross_entropy(logits.requires_grad_(), targets)
@@ -74,9 +81,88 @@ def test_large_logits_do_not_overflow_and_the_input_is_not_changed():
     assert torch.equal(logits.detach(), before)
 
 
-def test_no_targets_give_a_loss_of_zero():
+def test_no_targets_give_a_loss_of_zero(any_path):
     logits = torch.empty(0, VOCAB, requires_grad=True)
     value = summed_cross_entropy(logits, torch.empty(0, dtype=torch.long))
     value.backward()
     assert value.item() == 0
     assert logits.grad.shape == (0, VOCAB)
+
+
+# Row by row, in place -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_cross_entropy_and_logits_become_its_gradient(any_path):
+    for (n, v), dtype, scale in itertools.product(((1, 17), (5, 16), (9, 1), (3, 5003)), DTYPES, (1.0, -0.37)):
+        rng = torch.Generator().manual_seed(v)
+        logits = (3 * torch.randn(n, v, generator=rng)).to(dtype)
+        targets = torch.randint(0, v, (n,), generator=rng)
+        wide = logits.double().requires_grad_()
+        wanted = F.cross_entropy(wide, targets, reduction="none")
+        (wanted.sum() * scale).backward()
+        losses = cross_entropy_(logits, targets, scale)
+        assert losses.dtype == torch.float32
+        assert_rounded_once(losses, wanted.detach())
+        assert_rounded_once(logits, wide.grad)
+
+
+def test_losses_go_where_they_are_wanted(any_path):
+    logits, targets = logits_and_targets(torch.float32)
+    into = torch.empty(ROWS)
+    assert cross_entropy_(logits.clone(), targets, losses=into) is into
+    assert into.equal(cross_entropy_(logits, targets))
+
+
+def test_a_row_may_be_huge_or_infinitely_small_but_for_its_target(any_path):
+    inf, nan = math.inf, math.nan
+    logits = torch.full((5, 17), -inf)
+    logits[:, 3] = torch.tensor([2.0, 1e4, 1e38, nan, -inf])
+    logits[1, 4], logits[2, 5] = 1e4, -1e38
+    for dtype in DTYPES:
+        made = logits.to(dtype, copy=True)
+        losses = cross_entropy_(made, torch.full((5,), 3))
+        torch.testing.assert_close(losses, torch.tensor([0, math.log(2), 0, nan, nan]), equal_nan=True)
+        wanted = torch.zeros(5, 17)
+        wanted[1, 3], wanted[1, 4], wanted[3:] = -0.5, 0.5, nan
+        torch.testing.assert_close(made.float(), wanted, equal_nan=True)
+
+
+def test_a_nan_anywhere_in_a_row_is_in_its_loss_and_nowhere_else(any_path):
+    for at in (0, 15, 16, 36):
+        logits, targets = logits_and_targets(torch.float32)
+        logits[2, at] = math.nan
+        losses = cross_entropy_(logits, targets)
+        assert losses.isnan().nonzero().tolist() == [[2]]
+        assert bool(logits[2].isnan().all())
+        assert int(logits.isnan().sum()) == VOCAB
+
+
+def test_a_gradient_is_made_only_where_it_is_needed_and_logits_of_any_layout_are_taken(any_path):
+    logits, targets = logits_and_targets(torch.float32)
+    value = summed_cross_entropy(logits, targets)
+    turned = logits.T.contiguous().T.requires_grad_()
+    again = summed_cross_entropy(turned, targets)
+    again.backward()
+    assert value.equal(again)
+    assert not value.requires_grad
+    cross_entropy_(logits, targets)
+    assert turned.grad.equal(logits)
+
+
+def test_what_the_kernel_cannot_read_is_refused(any_path):
+    if any_path == "reference":
+        assert native.path() == "reference"
+        return
+    logits, targets = logits_and_targets(torch.float32)
+    for its_logits, its_targets in (
+        (logits.T.contiguous().T, targets),
+        (logits[0], targets[:1]),
+        (logits, targets[:-1]),
+        (logits, targets.int()),
+        (logits, targets - VOCAB),
+        (logits, targets + VOCAB),
+    ):
+        with pytest.raises(ShapeError):
+            cross_entropy_(its_logits, its_targets)
+    with pytest.raises(ShapeError, match="losses"):
+        cross_entropy_(logits, targets, losses=torch.empty(ROWS + 1))

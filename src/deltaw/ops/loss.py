@@ -1,8 +1,9 @@
-"""Cross-entropy summed over rows, with the gradient made in the forward.
+"""Cross-entropy over rows, with the gradient made in the forward.
 
-    logits [n, V], targets [n]  ->  sum_i (logsumexp(logits_i) - logits_i[target_i]), float32
+    logits [n, V], targets [n]  ->  logsumexp(logits_i) - logits_i[target_i], float32, by row or summed
 
-Only one chunk of rows is ever held in float32. Reference: torch.nn.functional.cross_entropy(reduction="sum").
+The kernel reads a row three times from the second-level cache; in the reference one chunk of rows at a time is held in
+float32. Compared with torch.nn.functional.cross_entropy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.ops.native import elementwise_calls as calls
+
 _CHUNK_VALUES = 4_000_000  # logits upcast at a time: 16 MB of float32
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float = 1.0, losses: Tensor | None = None) -> Tensor:
+    """The negative log-likelihood of each row's target; `logits` become scale * (softmax - onehot).
+
+    logits    [n, V], contiguous; overwritten, rounded once to their dtype
+    targets   int64 [n], each from 0 to V - 1
+    losses    where the result is written; None: a new tensor
+    returns   [n] float32 (float64 for float64)
+
+    Not an autograd operation. Raises ShapeError for other shapes, strides or targets.
+    """
+    logits = logits.detach()
+    losses = _new_losses(logits) if losses is None else losses
+    _cross_entropy(logits, targets, scale, logits, losses)
+    return losses
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor, scale: float, out: Tensor | None, losses: Tensor) -> None:
+    """The slow, plain form: fills `losses` [n], and `out` [n, V] with the gradient (logits themselves, or None)."""
+    rows = max(1, min(logits.shape[0], _CHUNK_VALUES // max(1, logits.shape[-1])))
+    # two buffers for all chunks: glibc finds no room for a large buffer where one of its size was freed
+    upcast = logits.new_empty(rows, logits.shape[-1], dtype=losses.dtype)
+    result = torch.empty_like(upcast)
+    for start in range(0, logits.shape[0], rows):
+        want = targets[start : start + rows]
+        wide = upcast[: len(want)].copy_(logits[start : start + rows])
+        logp = torch.ops.aten._log_softmax.out(wide, -1, False, out=result[: len(want)])
+        row = torch.arange(len(want), device=want.device)
+        losses[start : start + rows] = -logp[row, want]
+        if out is not None:
+            probs = logp.exp_()
+            probs[row, want] -= 1.0
+            out[start : start + rows] = probs if scale == 1.0 else probs.mul_(scale)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -20,25 +57,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        work = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=work, device=logits.device)
-        grad = torch.empty_like(logits) if logits.requires_grad else None
-        rows = max(1, min(logits.shape[0], _CHUNK_VALUES // max(1, logits.shape[-1])))
-        # two buffers for all chunks: glibc finds no room for a large buffer where one of its size was freed
-        upcast = logits.new_empty(rows, logits.shape[-1], dtype=work)
-        result = torch.empty_like(upcast)
-        for start in range(0, logits.shape[0], rows):
-            want = targets[start : start + rows]
-            wide = upcast[: len(want)].copy_(logits[start : start + rows])
-            logp = torch.ops.aten._log_softmax.out(wide, -1, False, out=result[: len(want)])
-            row = torch.arange(len(want), device=want.device)
-            total -= logp[row, want].sum()
-            if grad is not None:
-                probs = logp.exp_()
-                probs[row, want] -= 1.0
-                grad[start : start + rows] = probs
+        rows, losses = logits.detach().contiguous(), _new_losses(logits)
+        grad = torch.empty_like(rows) if logits.requires_grad else None  # not logits' memory: they may be used again
+        _cross_entropy(rows, targets.contiguous(), 1.0, grad, losses)
         ctx.save_for_backward(grad)
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -47,6 +70,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood of `targets` [n] under `logits` [n, V]: a float32 scalar."""
+    """Summed negative log-likelihood of `targets` [n] under `logits` [n, V]: a float32 scalar. Differentiable."""
     loss: Tensor = _SummedCrossEntropy.apply(logits, targets)
     return loss
+
+
+def _new_losses(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, scale: float, out: Tensor | None, losses: Tensor) -> None:
+    if not calls.suits(logits, out):
+        cross_entropy_reference(logits, targets, scale, out, losses)
+    elif not logits.is_meta:
+        calls.cross_entropy(logits, targets, scale, out, losses)
