@@ -13,10 +13,12 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -49,6 +51,8 @@ _MAKE = {
     "gemma": lambda: GemmaConfig(
         **{**_GROUPED, "tie_word_embeddings": True}, head_dim=12, attention_bias=True, attention_dropout=0.3
     ),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=12, attention_dropout=0.3),
+    "phi3": lambda: Phi3Config(**_GROUPED, sliding_window=WINDOW, attention_dropout=0.3),
     "phi": lambda: PhiConfig(**_GROUPED, resid_pdrop=0.3, embd_pdrop=0.3, attention_dropout=0.3),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=HIDDEN, n_inner=INNER, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,

@@ -23,7 +23,7 @@ def rows(n: int, length: int) -> list[Example]:
 
 
 def saved_by_autograd(model: Model, examples: list[Example]) -> int:
-    """Bytes that a real step on real tensors keeps for its backward, without weights."""
+    """Bytes that a real step on real tensors keeps for its backward, without weights: autograd's, and the arena's."""
     known = {t.untyped_storage().data_ptr() for t in (*model.net.parameters(), *model.trainable().values())}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -34,7 +34,9 @@ def saved_by_autograd(model: Model, examples: list[Example]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         step_gradient(model, examples, sft)
-    return sum(s.nbytes() for s in seen.values())
+    region = model.arena._kept._region
+    apart = {None if region is None else region.data_ptr()}
+    return sum(s.nbytes() for at, s in seen.items() if at not in apart) + model.arena._kept.peak
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])

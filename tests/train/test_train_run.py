@@ -293,7 +293,7 @@ def test_full_trains_every_weight_and_leaves_a_plain_model(base: Path, tmp_path:
     assert all(not torch.equal(before[n], t) for n, t in after.items()), "a weight did not train"
     model = load_base(done.model)
     examples = encode_all(read_rows(VALID), model.tokenizer, DataSpec(max_tokens=64)).examples
-    assert mean_loss(model, examples, sft) == done.best
+    assert mean_loss(model, examples, sft) == pytest.approx(done.best, rel=1e-6)  # now by fused blocks
     ids = torch.tensor([[5, 99, 7, 200]])
     with torch.no_grad():
         assert torch.equal(plain_transformers(Path(done.model), dtype=torch.float32)(ids).logits, model.logits(ids))

@@ -72,7 +72,7 @@ def _show(events: Any, console: Console) -> None:
                 bar.print(
                     f"{e['rows']} rows ({e['rows_cut']} cut, {e['rows_skipped']} skipped), "
                     f"{e['tokens_per_epoch']:,} tokens an epoch, {e['parameters']:,} trainable parameters on "
-                    f"{e['base']} in {e['dtype']}{went_on}"
+                    f"{e['base']} in {e['dtype']}, blocks {e['blocks']}{went_on}"
                 )
             elif kind == "step":
                 memory = "" if e["peak_rss_mb"] is None else f", peak {e['peak_rss_mb'] / 1000:.1f} GB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,8 +32,11 @@ class Weight(Protocol):
     def columns(self, ids: Tensor) -> Tensor:
         """The columns of W that `ids` [...] name: [..., out]; what an embedding looks up."""
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W as a plain [out, in] tensor of `dtype`; may share memory with W: do not write into it."""
+    def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
+        """W as a plain [out, in] tensor of `dtype`; may share memory with W: do not write into it.
+
+        room   gives a contiguous [out, in] tensor of `dtype` to fill, where a new one would be made
+        """
 
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W: [out] float32 (float64 of a float64 matrix). Do not write into it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -133,9 +134,9 @@ class BlockwiseWeight(nn.Module):
         """Columns of W named by `ids` [...]: [..., out]."""
         return F.embedding(ids, self.dense(self.dtype).T)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W dequantised, [out, in]."""
-        return dequantise(self.blocks, dtype)
+    def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
+        """W dequantised, [out, in], in `room()` if that is given."""
+        return dequantise(self.blocks, dtype, None if room is None else room())
 
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W as it computes: [out] float32 (float64 in float64), computed once."""

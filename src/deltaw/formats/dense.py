@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -65,8 +66,8 @@ class DenseWeight(nn.Module):
         """Columns of W named by `ids` [...]: [..., out]."""
         return F.embedding(ids, self.stored if self.transposed else self.stored.T)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W as [out, in] of `dtype`."""
+    def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
+        """W as [out, in] of `dtype`; its own memory where that is its dtype."""
         w = self.stored.T if self.transposed else self.stored
         return w.to(dtype)
 

@@ -56,6 +56,7 @@ class Run:
 
     use       adapters in use, name -> weight; a set is the base plus the weighted sum of its deltas
     seed      seeds dropout; None outside training
+    again     compute blocks again in the backward (activation checkpointing)
     pack      of each document of the pack being computed: (number in its step, tokens, targets), so that dropout does
               not depend on which documents share a pack; None: the whole input has one mask
     forms     normal forms made while nothing trains, by (place, adapter's slot); None: each forward makes them anew
@@ -64,6 +65,7 @@ class Run:
 
     use: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    again: bool = False
     pack: tuple[tuple[int, int, int], ...] | None = None
     forms: dict[tuple[str, int], Form] | None = None
     heard: dict[str, Tensor] = field(default_factory=dict)
@@ -102,11 +104,12 @@ class Host(nn.Module):
     def in_use(self) -> list[tuple[Slot, float]]:
         return [(self.slots[n], w) for n, w in self.run.use.items() if n in self.slots]
 
-    def _base_is_swapped(self) -> bool:
+    def base_is_swapped(self) -> bool:
         """Whether `original` computes with replaced tensors now: the frozen weight is then not the one to change."""
         return hasattr(self.original, "is_used") and bool(self.original.is_used())
 
-    def _form(self, slot: Slot) -> Form:
+    def form(self, slot: Slot) -> Form:
+        """The normal form of what one adapter holds here."""
         kept = None if torch.is_grad_enabled() else self.run.forms
         key = (self.site.name, id(slot))
         if kept is not None and key in kept:
@@ -122,9 +125,9 @@ class Host(nn.Module):
         for slot, _ in used:
             if slot.heard is not None:
                 self.run.heard[slot.heard] = x
-        changed = [(self._form(slot), w) for slot, w in used if slot.params]
+        changed = [(self.form(slot), w) for slot, w in used if slot.params]
         u = self.run.heard.pop(self.site.name, None)  # before anything that a recomputation may leave early
-        if len(changed) == 1 and changed[0][1] == 1.0 and not self._base_is_swapped():
+        if len(changed) == 1 and changed[0][1] == 1.0 and not self.base_is_swapped():
             y = self._changed(changed[0][0], x, u)
         else:
             y = base = self.original(x)
@@ -196,7 +199,7 @@ class EmbeddingHost(Host):
         for slot, w in used:
             if slot.params:
                 base = self.frozen.columns(known) if base is None else base
-                form = self._form(slot)
+                form = self.form(slot)
                 assert isinstance(form, Affine)
                 d = apply_columns(form, known, self.frozen) - base
                 y = y + w * (d if gain is None else d * gain.to(y.dtype))

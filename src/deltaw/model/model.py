@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.core.prefix import Prefix
 from deltaw.core.site import LinearSite, VirtualSite
 from deltaw.core.spec import MethodSpec
 from deltaw.core.weight import Weight
@@ -22,9 +21,9 @@ from deltaw.data.task import Task
 from deltaw.errors import AdapterError, DeltawError, NotFound, SpecError, near
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Beside, fresh
-from deltaw.model.attention import DocumentsLost, cannot_pack, packed_attention, packs
 from deltaw.model.calibrate import input_directions
-from deltaw.model.classify import documents_of, label_logits, pack_label_logits
+from deltaw.model.classify import documents_of
+from deltaw.model.computes import Computes
 from deltaw.model.frozen import FrozenLinear
 from deltaw.model.host import Run
 from deltaw.model.identity import compare
@@ -33,12 +32,10 @@ from deltaw.model.kinds import NAMES, kind_of, labels_of, refuse_idle_embedding,
 from deltaw.model.load import refuse_unsupported
 from deltaw.model.places import Places
 from deltaw.model.rescale import Overrides
-from deltaw.model.seq2seq import answer_logits, pack_answer_logits
-from deltaw.model.shift import shifted_documents
 from deltaw.model.sites import find_sites
 from deltaw.model.strict import strict
-from deltaw.model.virtual import front_of, one_by_one, pack_arguments, padded_logits
 from deltaw.model.vocabulary import add_rows, with_tokens
+from deltaw.ops.arena import Arena
 from deltaw.store.peft import read_adapter
 
 
@@ -47,7 +44,7 @@ def _weight(module: nn.Module, site: LinearSite) -> Weight:
     return module.frozen if isinstance(module, FrozenLinear) else DenseWeight(module.weight, site.kind != "linear")
 
 
-class Model:
+class Model(Computes):
     """A base model that adapters can be attached to. The base's weights are never written.
 
     net          the transformers model; its own modules are back after `detach`
@@ -72,6 +69,7 @@ class Model:
         self.folder = folder
         self.originals: Callable[[str], Tensor] | None = None
         self.run = Run()
+        self.arena = Arena()
         self.adapters: dict[str, Attachment] = {}
         self._own_tokenizer = tokenizer
         modules = dict(net.named_modules())
@@ -327,60 +325,3 @@ class Model:
         return Task(self.kind, tuple(next((n for n in noted if n), labels_of(self.net))))
 
     # Computing -------------------------------------------------------------------------------------
-
-    def front(self) -> Prefix | None:
-        """The vectors in front of the sequence that the adapter in use has, in the base's dtype; None without."""
-        return front_of((self.adapters[name] for name in self.run.use), self.places, self.net, self.run.seed)
-
-    @property
-    def n_before(self) -> int:
-        """The positions that virtual tokens take in front of each document."""
-        with torch.no_grad():
-            front = self.front()
-        return 0 if front is None else front.n
-
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
-    ) -> Tensor:
-        """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab].
-
-        A classifier gives [batch, labels]; an encoder-decoder [batch, m, vocab] for decoder_input_ids [batch, m].
-        """
-        if self.kind == "classify":
-            return label_logits(self.net, self.front(), input_ids, attention_mask)
-        if self.kind == "seq2seq":
-            if decoder_input_ids is None:
-                raise SpecError("An encoder-decoder computes logits of an answer: pass decoder_input_ids too.")
-            return answer_logits(self.net, self.front(), input_ids, decoder_input_ids, attention_mask)
-        return padded_logits(self.net, self.front(), input_ids, attention_mask)
-
-    def pack_logits(self, batch: Batch) -> Tensor:
-        """Logits where a pack's targets are predicted: [n_targets, vocab or labels]; documents do not see each other.
-
-        With activation checkpointing the caller keeps `packed_attention` open through the backward.
-        """
-        front = self.front()
-        if self.kind == "classify":
-            return pack_label_logits(self.net, front, batch, self.run)
-        if self.kind == "seq2seq":
-            return pack_answer_logits(self.net, front, batch, self.run)
-        shifted = self._shifted(batch) if self.run.seed is not None else {}
-        if not packs(self.net):
-            return one_by_one(self.net, front, batch)
-        try:
-            with packed_attention(self.net):
-                out = self.net(**pack_arguments(self.net, front, batch), **shifted, use_cache=False)
-        except DocumentsLost:
-            cannot_pack(self.net)
-            return one_by_one(self.net, front, batch)
-        logits: Tensor = out.logits[0]
-        return logits
-
-    def _shifted(self, batch: Batch) -> dict[str, Any]:
-        """How attention is cut in a training step, for a method that does so. Raises AdapterError where it cannot."""
-        for made in (self.adapters[name] for name in self.run.use):
-            if (groups := shifted_documents(batch.bounds, made.spec.groups)) is not None:
-                if not packs(self.net):
-                    raise AdapterError(f"{type(self.net).__name__} computes attention by itself: it cannot be cut.")
-                return {"shifted": groups}
-        return {}

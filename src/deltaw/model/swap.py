@@ -35,16 +35,18 @@ class Swapped(nn.Module):
         """Whether an adapter in use replaces a tensor here."""
         return any(name in self.values for name in self.run.use)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def seen(self) -> dict[str, Tensor]:
+        """The replaced tensors by name as adapters in use make them: in their own dtype where one replaces whole."""
         used = [(self.values[n], w) for n, w in self.run.use.items() if n in self.values]
-        if not used:
+        own = dict(self.original.named_parameters()) | dict(self.original.named_buffers())
+        if len(used) == 1 and used[0][1] == 1.0:
+            return dict(used[0][0])
+        keys = {k for values, _ in used for k in values}
+        return {k: own[k] + sum(w * (v[k].to(own[k].dtype) - own[k]) for v, w in used if k in v) for k in keys}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_used():
             return self.original(*args, **kwargs)
         own = dict(self.original.named_parameters()) | dict(self.original.named_buffers())
-        seen = {}
-        for key in {k for values, _ in used for k in values}:
-            base = own[key]
-            if len(used) == 1 and used[0][1] == 1.0:
-                seen[key] = used[0][0][key].to(base.dtype)
-            else:
-                seen[key] = base + sum(w * (v[key].to(base.dtype) - base) for v, w in used if key in v)
+        seen = {k: t.to(own[k].dtype) for k, t in self.seen().items()}
         return functional_call(self.original, seen, args, kwargs, tie_weights=False)

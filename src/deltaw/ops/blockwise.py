@@ -182,13 +182,17 @@ def quantise_dynamic_reference(values: Tensor, table: Tensor, block: int) -> tup
     return codes.view(-1)[:n].contiguous(), absmax
 
 
-def dequantise(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W [out, in]: the product is taken in float32 and rounded once to `dtype`."""
+def dequantise(blocks: Blocks, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """W [out, in]: the product is taken in float32 and rounded once to `dtype`.
+
+    out   a contiguous [out, in] tensor of `dtype` to fill; None, or where it cannot be used: a new one
+    """
     if blocks.codes.is_cuda and (dense := cuda.dequantise(blocks, dtype)) is not None:
         return dense
     if not _suits(dtype, blocks):
         return dequantise_reference(blocks, dtype)
-    out = torch.empty(blocks.shape, dtype=dtype, device=blocks.codes.device)
+    if out is None:
+        out = torch.empty(blocks.shape, dtype=dtype, device=blocks.codes.device)
     _fill(out, blocks, (0, blocks.shape[0]), (0, blocks.shape[1]))
     return out
 

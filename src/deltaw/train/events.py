@@ -35,7 +35,10 @@ class Planned(Event):
 
 @dataclass(frozen=True)
 class Start(Event):
-    """The run begins or goes on. Counts are of tokens unless they say otherwise."""
+    """The run begins or goes on. Counts are of tokens unless they say otherwise.
+
+    blocks   how they are computed: "fused", or "plain: " and why
+    """
 
     n_steps: int
     first_step: int
@@ -48,6 +51,7 @@ class Start(Event):
     base: str
     dtype: str
     out: str
+    blocks: str
 
 
 @dataclass(frozen=True)

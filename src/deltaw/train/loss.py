@@ -9,14 +9,13 @@ from torch import Tensor
 from deltaw.data.pack import Batch
 from deltaw.errors import RecipeError, near
 from deltaw.model.model import Model
-from deltaw.ops.loss import summed_cross_entropy
 
 Loss = Callable[[Model, Batch], Tensor]
 
 
 def sft(model: Model, batch: Batch) -> Tensor:
     """Supervised fine-tuning: summed negative log-likelihood of the target tokens."""
-    return summed_cross_entropy(model.pack_logits(batch), batch.target_ids)
+    return model.pack_loss(batch)
 
 
 LOSSES: dict[str, Loss] = {"sft": sft}

@@ -157,7 +157,7 @@ class Planner:
                 step_gradient(model, _examples(documents), loss, checkpointing=train.checkpointing, seed=1)
 
         found = self._traced(("step", base, str(micros), train.checkpointing, train.loss), model, work)
-        if not train.checkpointing:
+        if not train.checkpointing or model.why_plain() is None:
             return found
         live = sum(size for cause, size in found.items() if cause != "allocator")
         return found | {"allocator": found["allocator"] + min(AGAIN_BYTES, live // 2)}
@@ -181,7 +181,8 @@ class Planner:
                 tensor.grad = None
             live = sum(found.values())
             share = BESIDE_SHARE[str(model.net.dtype).removeprefix("torch.")]
-            self._traces[key] = found | {"allocator": max(0, timeline.held() - live) + round(share * live)}
+            holes = 0 if model.why_plain() is None else max(0, timeline.held() - live)  # fused blocks have an arena
+            self._traces[key] = found | {"allocator": holes + round(share * live)}
         return self._traces[key]
 
     def _while_loading(self, base: Base, counts: Counts) -> dict[str, int]:

@@ -242,6 +242,7 @@ def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, m
         base=recipe.base.path if model.fingerprint is None else model.fingerprint.short(),
         dtype=identity["dtype"],
         out=str(out),
+        blocks="fused" if (why := model.why_plain()) is None else f"plain: {why}",
     )
     saved_at = time.perf_counter()
     for event in loop.run():

@@ -39,8 +39,9 @@ def step_gradient(
             model.run.seed = seed % _SEEDS
             pack = tuple((i, lengths[i], examples[i].n_targets) for i in micro)
             model.run.pack = pack if packs(model.net) or model.kind != "causal" else None
+            model.run.again = checkpointing
             with packed_attention(model.net):
-                if checkpointing:
+                if checkpointing and model.why_plain() is not None:
                     with recomputed_blocks(model.net):
                         part = loss(model, batch) / n_targets
                         part.backward()
@@ -51,6 +52,7 @@ def step_gradient(
             n_tokens += batch.n_tokens
     finally:
         model.run.seed = model.run.pack = None
+        model.run.again = False
     return total, n_tokens, n_targets
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,14 @@ class _Rows(ctypes.Structure):
     _fields_ = [("at", _pointer), ("token", _i64), ("head", _i64)]
 
 
+_OF_ATTENTION: list[tuple[str, Any]] = [(name, _Rows) for name in _ROWS] + [
+    ("lse", _pointer), ("bounds", _pointer), *((n, _i64) for n in ("tokens", "heads", "shared", "dim", "docs", "window")),
+    ("scale", ctypes.c_float), ("dtype", _i32),
+]  # fmt: skip
+
+
 class _Attention(ctypes.Structure):
-    _fields_ = [(name, _Rows) for name in _ROWS] + [("lse", _pointer), ("bounds", _pointer)] + [
-        (name, _i64) for name in ("tokens", "heads", "shared", "dim", "docs", "window")
-    ] + [("scale", ctypes.c_float), ("dtype", _i32)]  # fmt: skip
+    _fields_ = _OF_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, setting: Setting, o: Tensor, lse: Te
 def attend_backward(
     rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], lse: Tensor, setting: Setting, out: tuple[Tensor, ...]
 ) -> None:
-    """Fill `out`, (dq, dk, dv), from `rows`, (q, k, v, o, g). dq may be q or g, dk k, and dv v: the same values in place.
+    """Fill `out`, (dq, dk, dv), from `rows`, (q, k, v, o, g). dq may be q or g, dk may be k, and dv may be v.
 
     A document's heads are read before their gradients are written.
     """

@@ -1,0 +1,146 @@
+"""Memory of one training step: handed out in order, taken back in order, and the same pages step after step.
+
+A general allocator returns large buffers to the system and pays page faults to have them again, and packs of changing
+sizes leave holes in its heap. What a step keeps for its backward follows a stack, and so does what it needs for a
+moment: two pointers are all it takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_ALIGN = 64
+_LEAST = 64 << 20  # where the system grants no more than this, buffers come one by one
+_HUGE_PAGES = 14  # MADV_HUGEPAGE: fewer page faults, fewer misses of the TLB
+
+
+class _Stack:
+    """One region as large as the machine's memory is reserved; only pages that are touched cost anything."""
+
+    def __init__(self) -> None:
+        self.used = self.peak = self._size = 0
+        self._region: torch.UntypedStorage | None = None
+
+    def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None) -> Tensor:
+        dtype = like.dtype if dtype is None else dtype
+        if like.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        if self._region is None:
+            self._reserve()
+        assert self._region is not None
+        end = self.used + -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
+        if end > self._size:
+            return torch.empty(shape, dtype=dtype)
+        at, self.used = self.used // dtype.itemsize, end
+        self.peak = max(self.peak, end)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        # a tensor of its own on the region: views of one tensor would share its count of changes
+        return torch.empty(0, dtype=dtype).set_(self._region, at, shape, strides)
+
+    def _reserve(self) -> None:
+        size = _physical_bytes()
+        while size > _LEAST:
+            try:
+                self._region, self._size = torch.UntypedStorage(size), size
+                return _ask_for_huge_pages(self._region)
+            except RuntimeError:  # no such room
+                size //= 2
+        self._region = torch.UntypedStorage(0)
+
+
+class Arena:
+    """Two stacks of buffers: what is kept until the backward, and what is borrowed for a moment.
+
+    On other devices than the CPU, and beyond the region, PyTorch's own allocator gives them.
+    """
+
+    def __init__(self) -> None:
+        self._kept, self._borrowed = _Stack(), _Stack()
+        self._live = 0
+
+    def keep(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor of `shape` in `dtype` (like's), valid as long as the lease it was taken under."""
+        return self._kept.take(shape, like, dtype)
+
+    def borrow(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The same, valid until the end of the `scratch` block around it."""
+        return self._borrowed.take(shape, like, dtype)
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is borrowed inside is given back at the end."""
+        before = self._borrowed.used
+        try:
+            yield
+        finally:
+            self._borrowed.used = before
+
+    def lease(self) -> Lease:
+        """What is kept from now until its `close` lives until its `end`; or until nobody holds the lease."""
+        self._live += 1
+        return Lease(self)
+
+    def _end(self, start: int, stop: int) -> None:
+        """Below what others keep there may be a hole for a while; nobody's memory is handed out twice."""
+        self._live -= 1
+        if not self._live:
+            self._kept.used = 0
+        elif self._kept.used == stop:
+            self._kept.used = start
+
+    @property
+    def kept(self) -> int:
+        """Bytes kept now."""
+        return self._kept.used
+
+    @property
+    def peak(self) -> int:
+        """Bytes touched so far."""
+        return self._kept.peak + self._borrowed.peak
+
+
+class Lease:
+    """A stretch of an arena's kept memory."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._start, self._stop = arena.kept, -1
+        self._over = False
+
+    def close(self) -> None:
+        """What is kept from here on belongs to others."""
+        self._stop = self._arena.kept
+
+    def end(self) -> None:
+        """Give the memory back; the pages stay for the next step. A second call does nothing."""
+        if not self._over:
+            self._over = True
+            self._arena._end(self._start, self._stop)
+
+    def __del__(self) -> None:
+        self.end()
+
+
+def _physical_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 * 3
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _ask_for_huge_pages(region: torch.UntypedStorage) -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    page = 2 << 20
+    first = -(-region.data_ptr() // page) * page
+    length = (region.data_ptr() + region.nbytes() - first) // page * page
+    if length > 0:  # advice only: refused, it changes nothing
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _HUGE_PAGES)

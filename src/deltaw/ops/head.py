@@ -1,0 +1,68 @@
+"""Cross-entropy from hidden states: the logits are made, judged and turned into a gradient a few rows at a time.
+
+    h [n, d], W [V, d] frozen, b [V] or None, targets [n];  z = h W^T + b
+    L = sum_i (logsumexp(z_i) - z_i[target_i])
+    dL/dz_i = softmax(z_i) - onehot(target_i),   dL/dh = dL/dz W
+
+The gradient is made in the forward, so one chunk of logits is all that ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.core.weight import Weight
+from deltaw.ops.arena import Arena
+from deltaw.ops.loss import cross_entropy_
+
+_CHUNK = 64 << 20  # bytes of logits at a time: fewer rows make the products slower, more gain nothing
+
+
+def head_loss_reference(h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The slow, plain form: what `head_loss` must equal, the gradient included."""
+    logits = weight.mul(h, bias)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum")
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor, arena: Arena, wanted: bool
+    ) -> Tensor:
+        n, vocab = len(h), weight.out_features
+        w = weight.dense(h.dtype)
+        dh = torch.empty_like(h) if wanted else None
+        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
+        chunks = max(1, -(-n * vocab * h.element_size() // _CHUNK))
+        rows = max(1, -(-n // chunks))
+        for first in range(0, n, rows):
+            part = h[first : first + rows]
+            with arena.scratch():
+                logits = torch.mm(part, w.T, out=arena.borrow(len(part), vocab, like=h))
+                if bias is not None:
+                    logits += bias
+                total += cross_entropy_(logits, targets[first : first + rows]).sum()
+                if dh is not None:
+                    torch.mm(logits, w, out=dh[first : first + rows])
+        ctx.dh = dh
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dh = ctx.dh * grads[0]  # the scalar stays float32
+        return dh, None, None, None, None, None
+
+
+def head_loss(h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor, arena: Arena) -> Tensor:
+    """Summed negative log-likelihood of `targets` [n] int64 behind a frozen head at `h` [n, d]: a float32 scalar.
+
+    Compared with `head_loss_reference` in tests/ops/test_ops_head.py.
+    """
+    wanted = torch.is_grad_enabled() and h.requires_grad
+    loss: Tensor = _HeadLoss.apply(h, weight, bias, targets, arena, wanted)
+    return loss

@@ -1,0 +1,220 @@
+"""Linear maps that share one input, each with its Affine: forward and backward by hand, into given buffers.
+
+For each map (core/affine.py has the formula), with d = out_gain - 1 and x' = in_gain * x:
+
+    t = x' W^T + b + s u B^T,   u = x A^T,   y = t + d (t - b)
+
+    G = dL/dy    dL/dt = g = G + d G           dL/dout_gain = sum of rows of G (t - b)      dL/db = sum of rows of G
+    h = s g B    dL/dx = in_gain * (g W) + h A     dL/din_gain = sum of rows of x (g W)
+    dL/dA = h^T x,   dL/dB = s g^T u
+
+The factors A of all maps are stacked, so that u, h A and h^T x are one product each. Nothing but u (and t, where
+there is a gain on outputs) is kept: the caller makes x again for the parameters' gradients.
+Derived and compared with autograd over `ops.affine.apply` in tests/ops/test_ops_maps.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.core.affine import Affine
+from deltaw.core.weight import Weight
+from deltaw.ops.arena import Arena
+
+PARTS = ("A", "B", "out_gain", "in_gain", "bias")
+
+
+@dataclass(frozen=True)
+class Map:
+    """A frozen matrix W [out, in], the base's own bias [out] or None, and what an adapter makes of it, or None."""
+
+    weight: Weight
+    bias: Tensor | None
+    affine: Affine | None
+
+    def part(self, name: str) -> Tensor | None:
+        return None if self.affine is None else getattr(self.affine, name)
+
+    @property
+    def whole_bias(self) -> Tensor | None:
+        changed = self.part("bias")
+        return self.bias if changed is None else changed
+
+    @property
+    def rank(self) -> int:
+        a = self.part("A")
+        return 0 if a is None else a.shape[0]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the forward leaves for the backward: u [n, R] of all maps; t [n, out] of each that has an out_gain."""
+
+    u: Tensor | None
+    before_gain: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What the input's gradient leaves for the parameters': h [n, R]; of each map g [n, out] and, with in_gain, g W."""
+
+    h: Tensor | None
+    g: tuple[Tensor, ...]
+    before_in_gain: tuple[Tensor | None, ...]
+
+
+def parameters(maps: Sequence[Map]) -> list[Tensor]:
+    """The parts of every map's Affine that there are, in the order of `parameter_gradients`."""
+    return [t for m in maps for p in PARTS if (t := m.part(p)) is not None]
+
+
+def forward(
+    maps: Sequence[Map], x: Tensor, outs: Sequence[Tensor], arena: Arena, *, onto: Tensor | None = None
+) -> Kept:
+    """Fill outs[i] [n, out_i] with map i at x [n, in], plus `onto` where it is given; outs may be strided."""
+    u = _stacked_inputs(maps, x, arena)
+    kept: list[Tensor | None] = []
+    first = 0
+    for m, out in zip(maps, outs, strict=True):
+        gain, in_gain, bias = m.part("out_gain"), m.part("in_gain"), m.whole_bias
+        early = onto if gain is None else None  # a gain must not scale what is added
+        with arena.scratch():
+            source = x if in_gain is None else torch.addcmul(x, x, _less_one(in_gain, x), out=_lent(x, arena))
+            _fill(out, early, bias)
+            w = _dense(m, x, arena).T
+            if early is None and bias is None:
+                torch.mm(source, w, out=out)
+            else:
+                out.addmm_(source, w)
+        b = m.part("B")
+        if u is not None and b is not None and m.affine is not None:
+            out.addmm_(u[:, first : first + m.rank], b.to(x.dtype).T, alpha=m.affine.scale)
+            first += m.rank
+        kept.append(_gain(out, gain, bias, arena))
+        if onto is not None and early is None:
+            out += onto
+    return Kept(u, tuple(kept))
+
+
+def _stacked_inputs(maps: Sequence[Map], x: Tensor, arena: Arena) -> Tensor | None:
+    factors = [a for m in maps if (a := m.part("A")) is not None]
+    if not factors:
+        return None
+    a = _stacked(factors, x.dtype)
+    return torch.mm(x, a.T, out=arena.keep(x.shape[0], a.shape[0], like=x))
+
+
+def _dense(m: Map, like: Tensor, arena: Arena) -> Tensor:
+    return m.weight.dense(like.dtype, lambda: arena.borrow(m.weight.out_features, m.weight.in_features, like=like))
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
+
+
+def _fill(out: Tensor, onto: Tensor | None, bias: Tensor | None) -> None:
+    """What a product is added to: the sum of both, rounded once."""
+    if onto is not None and bias is not None:
+        torch.add(onto, bias.to(out.dtype), out=out)
+    elif onto is not None:
+        out.copy_(onto)
+    elif bias is not None:
+        out.copy_(bias.expand_as(out))
+
+
+def _gain(out: Tensor, gain: Tensor | None, bias: Tensor | None, arena: Arena) -> Tensor | None:
+    """out = t + d (t - b) in place; t, kept aside."""
+    if gain is None:
+        return None
+    t = arena.keep(*out.shape, like=out).copy_(out)
+    d = _less_one(gain, out)
+    out.addcmul_(t, d)
+    if bias is not None:
+        out -= d * bias.to(out.dtype)
+    return t
+
+
+def _less_one(gain: Tensor, x: Tensor) -> Tensor:
+    """gain - 1, rounded to x's dtype: bfloat16 has no number between 1 and 1.0078, and a gain of 1 changes no bit."""
+    return (gain - 1).to(x.dtype)
+
+
+def _lent(x: Tensor, arena: Arena) -> Tensor:
+    return arena.borrow(*x.shape, like=x)
+
+
+def input_gradient(
+    maps: Sequence[Map], grads: Sequence[Tensor], dx: Tensor | None, arena: Arena, *, add: bool = False
+) -> Inner:
+    """Fill dx [n, in] (or add to it) with dL/dx, from grads[i] = dL/dy_i [n, out_i]; dx None: nobody wants it.
+
+    What is returned is borrowed from the arena: the caller has opened `scratch`.
+    """
+    n, like = grads[0].shape[0], grads[0]
+    total = sum(m.rank for m in maps)
+    h = arena.borrow(n, total, like=like) if total else None
+    inner: list[Tensor] = []
+    products: list[Tensor | None] = []
+    first = 0
+    for m, big in zip(maps, grads, strict=True):
+        gain, in_gain, b = m.part("out_gain"), m.part("in_gain"), m.part("B")
+        g = big if gain is None else torch.addcmul(big, big, _less_one(gain, big), out=_lent(big, arena))
+        inner.append(g)
+        if h is not None and b is not None and m.affine is not None:
+            torch.mm(g, b.to(g.dtype) * m.affine.scale, out=h[:, first : first + m.rank])
+            first += m.rank
+        product = None
+        if in_gain is not None:
+            product = torch.mm(g, _dense(m, g, arena), out=arena.borrow(n, m.weight.in_features, like=like))
+        products.append(product)
+        if dx is None:
+            continue
+        if product is not None and in_gain is not None:
+            scaled = product * in_gain.to(g.dtype)
+            dx.add_(scaled) if add else dx.copy_(scaled)
+        else:
+            with arena.scratch():
+                w = _dense(m, g, arena)
+                dx.addmm_(g, w) if add else torch.mm(g, w, out=dx)
+        add = True
+    if dx is not None and h is not None:
+        dx.addmm_(h, _stacked([a for m in maps if (a := m.part("A")) is not None], h.dtype))
+    return Inner(h, tuple(inner), tuple(products))
+
+
+def parameter_gradients(
+    maps: Sequence[Map], kept: Kept, inner: Inner, grads: Sequence[Tensor], x: Tensor
+) -> list[Tensor | None]:
+    """dL/d of each of `parameters(maps)`, None where it is not trained; x [n, in] as the forward had it."""
+    trained = any(t.requires_grad for m in maps if (t := m.part("A")) is not None)
+    stacked = inner.h.T @ x if inner.h is not None and trained else None
+    found: list[Tensor | None] = []
+    first = 0
+    for i, m in enumerate(maps):
+        g, big = inner.g[i], grads[i]
+        made: dict[str, Tensor] = {}
+        if m.affine is not None and m.affine.A is not None and m.affine.B is not None:
+            end = first + m.rank
+            if stacked is not None:
+                made["A"] = stacked[first:end]
+            if m.affine.B.requires_grad and kept.u is not None:
+                made["B"] = (g.T @ kept.u[:, first:end]).mul_(m.affine.scale)
+            first = end
+        t, product = kept.before_gain[i], inner.before_in_gain[i]
+        if t is not None:
+            b = m.whole_bias
+            made["out_gain"] = _row_sum(big * (t if b is None else t - b.to(t.dtype)))
+        if product is not None:
+            made["in_gain"] = _row_sum(product * x)
+        if m.part("bias") is not None:
+            made["bias"] = _row_sum(big)
+        found += [made[p].to(t.dtype) if t.requires_grad else None for p in PARTS if (t := m.part(p)) is not None]
+    return found
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
