@@ -25,7 +25,8 @@ class _Rows(ctypes.Structure):
 
 
 _OF_ATTENTION: list[tuple[str, Any]] = [(name, _Rows) for name in _ROWS] + [
-    ("lse", _pointer), ("bounds", _pointer), *((n, _i64) for n in ("tokens", "heads", "shared", "dim", "docs", "window")),
+    ("lse", _pointer), ("bounds", _pointer),
+    *((n, _i64) for n in ("tokens", "heads", "shared", "dim", "docs", "window")),
     ("scale", ctypes.c_float), ("dtype", _i32),
 ]  # fmt: skip
 
