@@ -143,7 +143,7 @@ def whole(args: argparse.Namespace, tool: str, seed: int, out: Path) -> dict[str
     began = time.perf_counter()
     if tool == "deltaw":
         done = deltaw("train", *ours(args, seed), "--out", out)
-        found = {"train_s": done["seconds"], "steps": done["step"]}
+        found = {"train_s": done["seconds"], "steps": done["steps"]}
     else:
         script = str(HERE / "peers" / "trl_supersense.py")
         done = last_line([args.peer_python, script, *trl(args, tool, seed), "--save", str(out)])

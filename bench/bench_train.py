@@ -9,9 +9,10 @@ What would change our mind: a ratio that moves by over 10 % between calls.
     .venv/bin/python bench/bench_train.py --base synthetic-1.5b --folder DIR --batch 2
 
 All tools are workers of this process and step in turn, so that a shared machine does not bend the ratios. The first
-steps of each (`--warm`) are not counted. Ratios are of paired steps: their median and range. Prints a table; appends
-one JSON row to bench/results/train_step.jsonl. `--base synthetic-1.5b` is a Llama of 24 layers with random weights,
-written once into --folder (3 GB), for at most four tools at once.
+steps of each (`--warm`) are not counted. Ratios are of paired steps: their median and range. Prints a table, with
+memory's peak over all and since loading ended; appends one JSON row to bench/results/train_step.jsonl.
+`--base synthetic-1.5b` is a Llama of 24 layers with random weights, written once into --folder (3 GB), for at most four
+tools at once.
 """
 
 from __future__ import annotations
@@ -157,10 +158,10 @@ def main() -> None:
 
 def report(row: dict[str, Any]) -> None:
     """Print the table and what follows from it."""
-    print(f"{'tool':22} {'median s':>9} {'range':>17} {'tokens/s':>9} {'peak MB':>8}  losses")
+    print(f"{'tool':22} {'median s':>9} {'range':>17} {'tokens/s':>9} {'peak MB':>8} {'training':>8}  losses")
     for name, t in row["tools"].items():
         span = f"{t['min_s']:.3f} to {t['max_s']:.3f}"
-        peak = f"{t['peak_rss_mb'] or 0:8.0f}"
+        peak = f"{t['peak_rss_mb'] or 0:8.0f} {t['training_mb'] or 0:8.0f}"
         losses = f"{t['losses'][0]} to {t['losses'][-1]}" if any(t["losses"]) else ""
         print(f"{name:22} {t['median_s']:9.3f} {span:>17} {t['tokens_per_s']:9.1f} {peak}  {losses}")
         if "compile_s" in t:

@@ -3,8 +3,9 @@
 A worker prints {"ready": true, ...}, then for each line `step` on its input one JSON line: seconds, cpu_s, loss, memory
 and what the tool adds. It ends with its input. Memory is in MB (10^6 bytes), null where it cannot be read:
 
-    peak_rss_mb   the most this process has held, loading included
-    step_mb       the most since it was ready, less what it held then
+    peak_rss_mb   the most this process has held, loading included (and the pages of files that loading maps)
+    training_mb   the most since it was ready
+    step_mb       that, less what it held when it was ready
     resident_mb   what it holds after the step
 """
 
@@ -73,12 +74,13 @@ class Memory:
             again.write_text("5")
 
     def now(self) -> dict[str, float | None]:
-        """peak_rss_mb, step_mb, resident_mb."""
+        """peak_rss_mb, training_mb, step_mb, resident_mb."""
         peak = status_mb("VmHWM")
         if peak is None or self.before is None or self.held is None:
-            return {"peak_rss_mb": None, "step_mb": None, "resident_mb": None}
-        step_mb = round(peak - self.held, 1) if self._is_again else None
-        return {"peak_rss_mb": max(peak, self.before), "step_mb": step_mb, "resident_mb": status_mb("VmRSS")}
+            return dict.fromkeys(("peak_rss_mb", "training_mb", "step_mb", "resident_mb"))
+        since = (peak, round(peak - self.held, 1)) if self._is_again else (None, None)
+        found = {"peak_rss_mb": max(peak, self.before), "training_mb": since[0], "step_mb": since[1]}
+        return found | {"resident_mb": status_mb("VmRSS")}
 
 
 def status_mb(field: str) -> float | None:
@@ -184,9 +186,7 @@ def figures(steps: list[dict[str, Any]], first: list[dict[str, Any]], tokens: in
         "max_s": seconds["high"],
         "cpu_s": round(statistics.median(s["cpu_s"] for s in steps), 3),
         "tokens_per_s": round(tokens / statistics.median(s["seconds"] for s in steps), 1),
-        "peak_rss_mb": steps[-1]["peak_rss_mb"],
-        "step_mb": steps[-1]["step_mb"],
-        "resident_mb": steps[-1]["resident_mb"],
+        **{key: steps[-1][key] for key in ("peak_rss_mb", "training_mb", "step_mb", "resident_mb")},
         "losses": [round(s["loss"], 4) for s in (*first, *steps)],
     }
 
@@ -198,18 +198,25 @@ def check_same_work(first_losses: dict[str, float]) -> None:
 
 
 def compared(rows: Rows, tool: str, other: str) -> dict[str, Any]:
-    """How many times as fast `tool` is as `other`, by paired steps, and its peak memory over the other's."""
-    pairs = zip(rows[tool], rows[other], strict=True)
-    ours, theirs = rows[tool][-1]["peak_rss_mb"], rows[other][-1]["peak_rss_mb"]
-    speed = spread([b["seconds"] / a["seconds"] for a, b in pairs])
-    return {"tool": tool, "with": other, "speed": speed, "memory": round(ours / theirs, 3) if ours and theirs else None}
+    """How many times as fast `tool` is as `other`, by paired steps; its memory's peak over the other's.
+
+    memory            of the whole process, loading included
+    training_memory   since both were ready
+    """
+    ours, theirs = rows[tool], rows[other]
+    found: dict[str, Any] = {"tool": tool, "with": other}
+    found["speed"] = spread([b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)])
+    for name, key in (("memory", "peak_rss_mb"), ("training_memory", "training_mb")):
+        a, b = ours[-1][key], theirs[-1][key]
+        found[name] = round(a / b, 3) if a and b else None
+    return found
 
 
 def said(found: dict[str, Any]) -> str:
     """What `compared` found, as a sentence."""
     s = found["speed"]
-    range_ = f"{s['low']:.2f} to {s['high']:.2f}"
-    return f"{found['tool']}: {s['median']:.2f}x as fast as {found['with']} ({range_}), {found['memory']} of its memory"
+    speed = f"{s['median']:.2f}x as fast as {found['with']} ({s['low']:.2f} to {s['high']:.2f})"
+    return f"{found['tool']}: {speed}; peak memory {found['memory']}x, {found['training_memory']}x without loading"
 
 
 def identity(bench: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:

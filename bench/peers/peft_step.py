@@ -87,6 +87,8 @@ class Stepper:
         base = load(args)
         lora = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=LINEARS, task_type="CAUSAL_LM")
         self.model = get_peft_model(base, lora).train()
+        for p in self.model.parameters():
+            p.sum()  # weights are mapped from their file: their pages belong to the model, not to its first step
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.lr)
         self.ids, self.labels = make_batch(base.config.vocab_size, args.batch, args.length, args.seed)
