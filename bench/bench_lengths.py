@@ -6,10 +6,11 @@ less memory.
 
     .venv/bin/python bench/bench_lengths.py [--steps 3] [--lengths 128 256 512 1024 2048 4096] [--tokens 2048]
 
-The step is bench_train.py's with --tokens tokens in documents of one length, at least one document. At each length the
-tools are fresh workers that step in turn: memory's peak would stay from a longer one. Prints a table; appends one JSON
-row to bench/results/train_step.jsonl and draws docs/images/lengths.svg from it (needs matplotlib: the extra `docs`);
-`--plot` only draws the newest row. Memory in the picture is what a step takes beyond the loaded model.
+The step is bench_train.py's with --tokens tokens in documents of one length, at least one document. At each length ours
+steps in turn with the one PEFT, then with the other, each time as fresh workers: memory's peak would stay from a longer
+one, and three at 4,096 tokens would not fit in 24 GB. Prints a table; appends one JSON row to
+bench/results/train_step.jsonl and draws docs/images/lengths.svg from it (needs matplotlib: the extra `docs`); `--plot`
+only draws the newest row. Memory in the picture is what a step takes beyond the loaded model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_train import EAGER, base_folder, fastest, starts, step_arguments
+from bench_train import EAGER, base_folder, starts, step_arguments
 from workers import HERE, append, check_same_work, compared, figures, identity, said, started, take_turns
 
 PICTURE = HERE.parent / "docs" / "images" / "lengths.svg"
@@ -41,24 +42,27 @@ def parse() -> argparse.Namespace:
 
 
 def at_length(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """All tools at one length: their figures and how we compare with PEFT's best."""
+    """Ours against each PEFT at one length, and which of them is PEFT's best."""
+    pairs = {name: pair(args, length, name) for name in EAGER}
+    best = min(pairs, key=lambda name: pairs[name]["compared"]["speed"]["median"])
+    print(f"{length:5} tokens: {said(pairs[best]['compared'])}", flush=True)
+    return {"length": length, "peft_best": best, "pairs": pairs}
+
+
+def pair(args: argparse.Namespace, length: int, peer: str) -> dict[str, Any]:
+    """Ours and one PEFT in turn: their figures and how they compare."""
     sizes = argparse.Namespace(**vars(args) | {"length": length, "batch": max(1, args.tokens // length)})
     n_tokens = sizes.batch * length
-    with started(starts(["deltaw", *EAGER], step_arguments(sizes, base_folder(args)), None)) as workers:
+    with started(starts(["deltaw", peer], step_arguments(sizes, base_folder(args)), None)) as workers:
         rows, first = take_turns(workers, args.steps, args.warm)
     tools = {name: figures(steps, first[name], n_tokens) for name, steps in rows.items()}
     check_same_work({name: t["losses"][0] for name, t in tools.items()})
-    for t in tools.values():
+    for name, t in tools.items():
         t["ms_per_token"] = round(1000 * t["median_s"] / n_tokens, 4)
         t["step_mb_per_1k"] = t["step_mb"] and round(1000 * t["step_mb"] / n_tokens, 1)
-    best = fastest(rows, EAGER)
-    assert best is not None
-    found = compared(rows, "deltaw", best)
-    for name, t in tools.items():
         memory = f"peak {t['peak_rss_mb']} MB, of that a step's {t['step_mb']} MB"
-        print(f"{length:5} tokens  {name:14} {t['ms_per_token']:.3f} ms a token, {memory}")
-    print(f"{length:5} tokens  {said(found)}", flush=True)
-    return {"length": length, "batch": sizes.batch, "peft_best": best, "compared": found, "tools": tools}
+        print(f"{length:5} tokens: {name:14} {t['ms_per_token']:.3f} ms a token, {memory}", flush=True)
+    return {"batch": sizes.batch, "compared": compared(rows, "deltaw", peer), "tools": tools}
 
 
 def plot(row: dict[str, Any], picture: Path) -> None:
@@ -71,10 +75,10 @@ def plot(row: dict[str, Any], picture: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "deltaw"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     lengths = [found["length"] for found in row["lengths"]]
-    panels = (("ms_per_token", "ms a token"), ("step_mb_per_1k", "MB beyond the model, per 1,000 tokens"))
+    panels = (("ms_per_token", "ms a token"), ("step_mb_per_1k", "a step's MB per 1,000 tokens"))
+    pairs = [(found["peft_best"], found["pairs"][found["peft_best"]]["tools"]) for found in row["lengths"]]
     for axis, (key, label) in zip(axes, panels, strict=True):
-        ours = [found["tools"]["deltaw"][key] for found in row["lengths"]]
-        best = [found["tools"][found["peft_best"]][key] for found in row["lengths"]]
+        ours, best = [tools["deltaw"][key] for _, tools in pairs], [tools[name][key] for name, tools in pairs]
         axis.plot(lengths, ours, marker="o", label="deltaw")
         axis.plot(lengths, best, marker="s", label="HF PEFT, the faster of with and without autocast")
         axis.set_xscale("log", base=2)

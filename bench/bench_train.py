@@ -12,7 +12,8 @@ All tools are workers of this process and step in turn, so that a shared machine
 steps of each (`--warm`) are not counted. Ratios are of paired steps: their median and range. Prints a table, with
 memory's peak over all and since loading ended; appends one JSON row to bench/results/train_step.jsonl.
 `--base synthetic-1.5b` is a Llama of 24 layers with random weights, written once into --folder (3 GB), for at most four
-tools at once.
+tools at once. Workers keep what their allocators keep: the six tools of a plain call hold 19 GB, so that `peft-compile`
+needs a call with fewer.
 """
 
 from __future__ import annotations
