@@ -29,6 +29,18 @@ def head_loss_reference(h: Tensor, weight: Weight, bias: Tensor | None, targets:
     return F.cross_entropy(logits.to(wide), targets, reduction="sum")
 
 
+def _chunk(h: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor, arena: Arena, dh: Tensor | None) -> Tensor:
+    """The summed loss of a few rows; fills their dh."""
+    with arena.scratch():
+        logits = torch.mm(h, w.T, out=arena.borrow(len(h), len(w), like=h))
+        if bias is not None:
+            logits += bias
+        loss = cross_entropy_(logits, targets).sum()
+        if dh is not None:
+            torch.mm(logits, w, out=dh)
+    return loss
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -41,14 +53,8 @@ class _HeadLoss(torch.autograd.Function):
         chunks = max(1, -(-n * vocab * h.element_size() // _CHUNK))
         rows = max(1, -(-n // chunks))
         for first in range(0, n, rows):
-            part = h[first : first + rows]
-            with arena.scratch():
-                logits = torch.mm(part, w.T, out=arena.borrow(len(part), vocab, like=h))
-                if bias is not None:
-                    logits += bias
-                total += cross_entropy_(logits, targets[first : first + rows]).sum()
-                if dh is not None:
-                    torch.mm(logits, w, out=dh[first : first + rows])
+            at = slice(first, first + rows)
+            total += _chunk(h[at], w, bias, targets[at], arena, None if dh is None else dh[at])
         ctx.dh = dh
         return total
 

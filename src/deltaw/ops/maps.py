@@ -25,6 +25,7 @@ from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
 
+_ROWS = 256
 PARTS = ("A", "B", "out_gain", "in_gain", "bias")
 
 
@@ -207,14 +208,21 @@ def parameter_gradients(
         t, product = kept.before_gain[i], inner.before_in_gain[i]
         if t is not None:
             b = m.whole_bias
-            made["out_gain"] = _row_sum(big * (t if b is None else t - b.to(t.dtype)))
+            made["out_gain"] = _row_sum(big, t, b)
         if product is not None:
-            made["in_gain"] = _row_sum(product * x)
+            made["in_gain"] = _row_sum(product, x)
         if m.part("bias") is not None:
             made["bias"] = _row_sum(big)
         found += [made[p].to(t.dtype) if t.requires_grad else None for p in PARTS if (t := m.part(p)) is not None]
     return found
 
 
-def _row_sum(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+def _row_sum(x: Tensor, by: Tensor | None = None, less: Tensor | None = None) -> Tensor:
+    """The sum of the rows of x, or of x (by - less), in float32 at least; some rows at a time, for small temporaries."""
+    total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    for at in range(0, len(x), _ROWS):
+        part = x[at : at + _ROWS].to(total.dtype)
+        if by is not None:
+            part = part * (by[at : at + _ROWS] if less is None else by[at : at + _ROWS] - less.to(by.dtype))
+        total += part.sum(0)
+    return total

@@ -41,6 +41,9 @@ BESIDE_SHARE = {"float32": 0.08, "bfloat16": 0.2, "float16": 0.2, "float64": 0.0
 """What kernels take beside the tensors that PyTorch sees (oneDNN's copies and accumulators), over the live bytes of a
 step; by the dtype that is computed in. Measured on this project's machine (docs/planner.md)."""
 
+BESIDE_FUSED = 80_000_000
+"""The same where blocks are fused, whatever the step. Measured: 60 to 110 MB."""
+
 AGAIN_BYTES = 150_000_000
 """What the heap keeps of blocks that are computed again, beyond its model, at most half of what is alive.
 Measured: 0 to 300 MB (docs/planner.md)."""
@@ -180,9 +183,12 @@ class Planner:
             for tensor in parameters:
                 tensor.grad = None
             live = sum(found.values())
-            share = BESIDE_SHARE[str(model.net.dtype).removeprefix("torch.")]
-            holes = 0 if model.why_plain() is None else max(0, timeline.held() - live)  # fused blocks have an arena
-            self._traces[key] = found | {"allocator": holes + round(share * live)}
+            if model.why_plain() is None:  # an arena has no holes
+                beside = BESIDE_FUSED
+            else:
+                share = BESIDE_SHARE[str(model.net.dtype).removeprefix("torch.")]
+                beside = max(0, timeline.held() - live) + round(share * live)
+            self._traces[key] = found | {"allocator": beside}
         return self._traces[key]
 
     def _while_loading(self, base: Base, counts: Counts) -> dict[str, int]:
