@@ -25,8 +25,8 @@ constexpr int TILE = W == 16 ? 8 : V::TALL;  // rows of C at a time; divides W, 
 constexpr int BROAD = V::TALL < 3 ? 2 : 3;   // vectors of C at a time
 constexpr int64_t QUERIES = 64;              // that share a pass over the keys
 constexpr int64_t KEYS = 64;                 // whose scores are taken together
-constexpr int64_t FORWARD_KEYS = 128;        // the same in the forward
-constexpr int64_t AHEAD_ROWS = 16;           // fetched before they are read
+constexpr int64_t FORWARD_KEYS = 256;        // the same in the forward
+constexpr int64_t AHEAD_ROWS = 64;           // fetched before they are read
 constexpr int64_t WIDEST = 256;              // a head at most
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 constexpr float LEAST = -3e38f;  // a maximum before the first score
@@ -45,6 +45,7 @@ struct Whole {  // a float
     static F dot(R a, R b, F c) { return V::fma(a, b, c); }
     static void along(T* p, F a) { V::store(p, a); }
     static void across(T* p, const F* rows) { V::store(p, rows[0]); }
+    static void both(T* across, T* along, int64_t, const F* rows) { V::store(across, rows[0]), V::store(along, rows[0]); }
     static void mingle(const T* rows, int64_t, T* out) { V::store(out, V::load(rows)); }
 };
 
@@ -58,6 +59,9 @@ struct Paired {  // two bf16; products are exact, sums in float32
     static F dot(R a, R b, F c) { return V::dot_half(a, b, c); }
     static void along(T* p, F a) { V::round_half(p, a); }
     static void across(T* p, const F* rows) { V::round_halves(p, rows[0], rows[1]); }
+    static void both(T* across, T* along, int64_t stride, const F* rows) {
+        V::round_halves(across, along, along + stride, rows[0], rows[1]);
+    }
     static void mingle(const T* rows, int64_t stride, T* out) { V::mingle_halves(rows, rows + stride, out); }
 };
 #endif
@@ -127,10 +131,14 @@ inline void copy_rows(const Rows& x, const Place& at, int64_t head, int64_t firs
         fetch<D>(x, at, head, first + i + AHEAD_ROWS);
         if (at.dim != at.wide) memset(out, 0, at.wide * sizeof(T));
         const int64_t from = (at.start + first + i) * x.token + head * x.head;
-        if constexpr (sizeof(T) == sizeof(typename D::T))
-            memcpy(out, (const T*)x.at + from, at.dim * sizeof(T));
-        else
+        if constexpr (sizeof(T) == sizeof(typename D::T)) {
+            const T* p = (const T*)x.at + from;
+            int64_t d = 0;
+            for (; d + 16 <= at.dim; d += 16) memcpy(out + d, p + d, 16 * sizeof(T));
+            if (d < at.dim) memcpy(out + d, p + d, (at.dim - d) * sizeof(T));
+        } else {
             read_floats<D>(x.at, from, at.dim, out);
+        }
     }
     memset(out, 0, (padded - n) * at.wide * sizeof(T));
 }
@@ -186,12 +194,11 @@ inline F exp2_of(F x) {
     const F shifter = V::set1(12582912 + 127);  // 1.5 * 2^23: the nearest integer is in the last bits of the sum
     const F t = V::add(x, shifter);
     const F f = V::fma(V::add(t, V::set1(-12582912 - 127)), V::set1(-1), x);
-    F y = V::set1(0.00015345810970757157f);
-    y = V::fma(y, f, V::set1(0.0013399930903688073f));
-    y = V::fma(y, f, V::set1(0.009618489071726799f));
-    y = V::fma(y, f, V::set1(0.05550328642129898f));
-    y = V::fma(y, f, V::set1(0.24022646248340607f));
-    y = V::fma(y, f, V::set1(0.6931471824645996f));
+    F y = V::set1(0.001326472731307149f);  // least relative error on [-1/2, 1/2], exact at 0
+    y = V::fma(y, f, V::set1(0.009671512991189957f));
+    y = V::fma(y, f, V::set1(0.05550733581185341f));
+    y = V::fma(y, f, V::set1(0.24022242426872253f));
+    y = V::fma(y, f, V::set1(0.6931470036506653f));
     y = V::fma(y, f, V::set1(1));
     return V::mul(y, V::power(t));
 }
@@ -258,12 +265,14 @@ inline void soften(const Attention& t, const Place& at, int64_t i, int64_t j, Sp
                 V::store(out + r * at.wide + d, V::mul(V::load(out + r * at.wide + d), V::set1(less)));
         }
     for (int r = 0; r < TILE; ++r) {
+        const float* s = f.scores + r * FORWARD_KEYS;
+        typename Op::T* probs = f.probs + r * FORWARD_KEYS;
         const F less = V::set1(-top[r]);
         F all = V::set1(0);
         for (int64_t c = span.first; c < span.last; c += W) {
-            const F p = exp2_of(V::fma(V::load(f.scores + r * FORWARD_KEYS + c), by, less));
+            const F p = exp2_of(V::fma(V::load(s + c), by, less));
             all = V::add(all, p);
-            Op::along(f.probs + r * FORWARD_KEYS + c, p);
+            Op::along(probs + c, p);
         }
         sum[r] += V::sum(all);
     }
@@ -339,18 +348,25 @@ template <class Op>
 inline void slope(const Attention& t, int64_t i, int64_t j, int64_t row, Span span, Backward<Op>& b) {
     const F by = V::set1(t.scale * LOG2E), scale = V::set1(t.scale);
     for (int r = 0; r < TILE; ++r) hide(t, i + r, j, span, b.scores + r * KEYS);
-    for (int r = 0; r < TILE; r += Op::DEPTH)
+    for (int r = 0; r < TILE; r += Op::DEPTH) {
+        F lse[Op::DEPTH], delta[Op::DEPTH];
+        for (int k = 0; k < Op::DEPTH; ++k) {
+            lse[k] = V::set1(-b.lse[row + r + k]);
+            delta[k] = V::set1(-b.delta[row + r + k]);
+        }
+        const float *s = b.scores + r * KEYS, *dp = b.dp + r * KEYS;
+        typename Op::T *probs = b.probs + (row + r) * KEYS, *slopes = b.slopes + (row + r) * KEYS;
+        typename Op::T* slope_rows = b.slope_rows + r * KEYS;
         for (int64_t c = span.first; c < span.last; c += W) {
             F p[Op::DEPTH], d[Op::DEPTH];
             for (int k = 0; k < Op::DEPTH; ++k) {
-                const int64_t from = (r + k) * KEYS + c;
-                p[k] = exp2_of(V::fma(V::load(b.scores + from), by, V::set1(-b.lse[row + r + k])));
-                d[k] = V::mul(p[k], V::fma(V::load(b.dp + from), scale, V::set1(-b.delta[row + r + k])));
-                Op::along(b.slope_rows + from, d[k]);
+                p[k] = exp2_of(V::fma(V::load(s + k * KEYS + c), by, lse[k]));
+                d[k] = V::mul(p[k], V::fma(V::load(dp + k * KEYS + c), scale, delta[k]));
             }
-            Op::across(b.probs + (row + r) * KEYS + c * Op::DEPTH, p);
-            Op::across(b.slopes + (row + r) * KEYS + c * Op::DEPTH, d);
+            Op::across(probs + c * Op::DEPTH, p);
+            Op::both(slopes + c * Op::DEPTH, slope_rows + c, KEYS, d);
         }
+    }
 }
 
 // lse in powers of two, and delta times the scale, of n queries; zeros up to `rows`

@@ -54,11 +54,12 @@ inline void read_floats(int32_t dtype, const void* p, int64_t i, int64_t n, floa
 // n floats, padded to a multiple of W, rounded into p + i
 template <class D>
 inline void write_floats(void* p, int64_t i, int64_t n, const float* values) {
+    int64_t k = 0;
+    for (; k + W <= n; k += W) D::store((typename D::T*)p + i + k, V::load(values + k));
+    if (k == n) return;
     typename D::T ready[W] = {};
-    for (int64_t k = 0; k < n; k += W) {
-        D::store(ready, V::load(values + k));
-        memcpy((typename D::T*)p + i + k, ready, least(W, n - k) * sizeof(typename D::T));
-    }
+    D::store(ready, V::load(values + k));
+    memcpy((typename D::T*)p + i + k, ready, (n - k) * sizeof(typename D::T));
 }
 
 inline void write_floats(int32_t dtype, void* p, int64_t i, int64_t n, const float* values) {

@@ -111,7 +111,15 @@ struct V {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static void round_half(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
-    static void round_halves(uint16_t* p, F a, F b) { _mm512_storeu_si512(p, mingled((__m512i)_mm512_cvtne2ps_pbh(b, a))); }
+    static void round_halves(uint16_t* both, F a, F b) {
+        _mm512_storeu_si512(both, mingled((__m512i)_mm512_cvtne2ps_pbh(b, a)));
+    }
+    static void round_halves(uint16_t* both, uint16_t* of_a, uint16_t* of_b, F a, F b) {
+        const __m512i two = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        _mm512_storeu_si512(both, mingled(two));
+        _mm256_storeu_si256((__m256i*)of_a, _mm512_castsi512_si256(two));
+        _mm256_storeu_si256((__m256i*)of_b, _mm512_extracti64x4_epi64(two, 1));
+    }
     static void mingle_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
         const __m256i low = _mm256_loadu_si256((const __m256i*)a), high = _mm256_loadu_si256((const __m256i*)b);
         _mm512_storeu_si512(out, mingled(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
