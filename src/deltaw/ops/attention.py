@@ -1,25 +1,36 @@
-"""Causal attention inside each document of a pack, forward and backward; documents do not see each other.
+"""Attention over a pack: causal within each document, nothing across, key-value heads shared by groups of query heads.
 
-    S = scale q k^T, hidden above the diagonal and beyond the window    P = softmax(S)    o = P v    lse = log sum exp S
+    S = scale Q K^T    P = softmax(S)    O = P V    lse = log of the sum of exp(S)
 
-    dP = g v^T    dS = P (dP - sum(g o))    dq = scale dS k    dk = scale dS^T q    dv = P^T g
-
-q, o, g [T, H, D]; k, v [T, G, D], H a multiple of G; bounds [n + 1] int64: document d is [bounds[d], bounds[d + 1])
+q [T, H, D], k and v [T, G, D] with H a multiple of G, bounds int64 [n + 1] from 0 to T. A token sees itself and, with a
+window, the window - 1 tokens before it. The compiled form (native/attention.h) keeps no score matrix; the plain form,
+`attend_reference` and `attend_backward_reference`, has one for each document.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw.ops.native import attention_calls as calls
-from deltaw.ops.native.attention_calls import WIDEST, Setting
-from deltaw.ops.native.library import running
+from deltaw.errors import ShapeError
+from deltaw.ops.native import attention_calls, library
 
-Three = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> bool:
+    """Whether the compiled form computes this: float32 or bfloat16, at most 256 features, no softcap, on a CPU.
+
+    On the meta device it stands for what a CPU would do.
+    """
+    dtypes, kinds = {t.dtype for t in (q, k, v)}, {t.device.type for t in (q, k, v)}
+    fits = k.shape == v.shape and q.shape[-1] == k.shape[-1] <= attention_calls.WIDEST and softcap is None and scale > 0
+    known = dtypes in ({torch.float32}, {torch.bfloat16}) and kinds in ({"cpu"}, {"meta"})
+    return fits and known and library.running() is not None
 
 
 def attend(
@@ -30,22 +41,24 @@ def attend(
     scale: float,
     *,
     window: int | None = None,
+    softcap: float | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse): o [T, H, D] in q's dtype, in `out` if that is given; lse [H, T] float32 (float64 of float64).
+    """(o [T, H, D] contiguous, lse float32 [H, T]); `out` is o's place. softcap: c * tanh(score / c).
 
-    window   a token sees itself and the window - 1 tokens before it; None: all of its document before it
+    The strides of tokens and heads are free; features lie side by side. Scores, softmax and sums are float32. With
+    bfloat16 products P is rounded to bfloat16 for P V. Raises ShapeError for shapes that do not belong together.
+    Online softmax: Milakov and Gimelshein, arXiv:1805.02867; tiles: Dao et al., arXiv:2205.14135.
     """
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    if q.is_meta:
-        return o, lse
-    if _native(q):
-        calls.attend(q, k, v, Setting(bounds, scale, window), o, lse)
-        return o, lse
-    for at, scores in _scores(q, k, bounds, scale, window):
-        lse[:, at] = scores.logsumexp(-1)
-        o[at] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), _shared(v[at], q)).to(q.dtype)
+    _check(q, k, v)
+    if not suits(q, k, v, scale, softcap):
+        o, lse = attend_reference(q, k, v, bounds, scale, window=window, softcap=softcap)
+        return (o if out is None else out.copy_(o)), lse
+    o = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    if not q.is_meta and q.numel():
+        q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
+        attention_calls.attend(q, k, v, attention_calls.Setting(bounds, scale, window), o, lse)
     return o, lse
 
 
@@ -60,48 +73,154 @@ def attend_backward(
     scale: float,
     *,
     window: int | None = None,
-    out: Three | None = None,
-) -> Three:
-    """(dq, dk, dv) from g = dL/do and what `attend` gave; in `out`, which may be q, k and v themselves."""
-    dq, dk, dv = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)) if out is None else out
-    if q.is_meta:
-        return dq, dk, dv
-    if _native(q):
-        calls.attend_backward((q, k, v, o, g), lse, Setting(bounds, scale, window), (dq, dk, dv))
-        return dq, dk, dv
-    shared = k.shape[1]
-    for at, scores in _scores(q, k, bounds, scale, window):
-        p = (scores - lse[:, at].unsqueeze(-1)).exp()
-        wide_g, wide_q = g[at].to(p.dtype), q[at].to(p.dtype)
-        delta = (wide_g * o[at]).sum(-1).T.unsqueeze(-1)
-        ds = p * (torch.einsum("ihd,jhd->hij", wide_g, _shared(v[at], q)) - delta) * scale
-        grads = [
-            torch.einsum("hij,jhd->ihd", ds, _shared(k[at], q)),
-            torch.einsum("hij,ihd->jhd", ds, wide_q).unflatten(1, (shared, -1)).sum(2),
-            torch.einsum("hij,ihd->jhd", p, wide_g).unflatten(1, (shared, -1)).sum(2),
-        ]
-        for place, grad in zip((dq, dk, dv), grads, strict=True):
-            place[at] = grad.to(q.dtype)
-    return dq, dk, dv
+    softcap: float | None = None,
+    out: Gradients | None = None,
+) -> Gradients:
+    """(dq, dk, dv) from g = dL/do and what `attend` gave; each has its input's shape and strides, or is in `out`.
+
+        dP = g V^T    dS = P (dP - rowsum(g o)) scale    dq = dS K    dk = dS^T Q    dv = P^T g
+
+    P is computed again from lse. `out` may be q (or g), k and v themselves: a document's heads are read before their
+    gradients are written. It may not overlap them in another way. Dao et al., arXiv:2205.14135, section B.2.
+    """
+    _check(q, k, v)
+    if not suits(q, k, v, scale, softcap):
+        found = attend_backward_reference(g, q, k, v, o, lse, bounds, scale, window=window, softcap=softcap)
+        if out is None:
+            return found
+        for place, gradient in zip(out, found, strict=True):
+            place.copy_(gradient)
+        return out
+    rows = tuple(_side_by_side(t) for t in (q, k, v, o, g))
+    places = (torch.empty_like(rows[0]), torch.empty_like(rows[1]), torch.empty_like(rows[2])) if out is None else out
+    if not q.is_meta and q.numel():
+        attention_calls.attend_backward(rows, lse, attention_calls.Setting(bounds, scale, window), places)
+    return places
 
 
-def _native(q: Tensor) -> bool:
-    known = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] <= WIDEST
-    return known and running() is not None
+class _Attention(torch.autograd.Function):
+    """`attend`, whose backward is `attend_backward`; q, k, v, o and lse are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        o, lse = attend(q, k, v, bounds, scale, window=window, softcap=cap)
+        ctx.save_for_backward(q, k, v, o, lse, bounds)
+        ctx.how = (scale, window, cap)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        scale, window, cap = ctx.how
+        q, k, v, o, lse, bounds = ctx.saved_tensors
+        found = attend_backward(grads[0], q, k, v, o, lse, bounds, scale, window=window, softcap=cap)
+        return (*found, None, None, None, None)
 
 
-def _shared(t: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [L, G, D] repeated for the heads that share them: [L, H, D], at least float32."""
-    wide = t.to(torch.promote_types(t.dtype, torch.float32))
-    return wide.repeat_interleave(q.shape[1] // t.shape[1], 1)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """o [T, H, D] of `attend`, differentiable in q, k and v."""
+    o: Tensor = _Attention.apply(q, k, v, bounds, scale, window, softcap)
+    return o
 
 
-def _scores(q: Tensor, k: Tensor, bounds: Tensor, scale: float, window: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Each document's place, and its scores [H, L, L] with minus infinity where a token does not look."""
-    for start, end in itertools.pairwise(bounds.tolist()):
-        at, n = slice(start, end), end - start
-        scores = torch.einsum("ihd,jhd->hij", q[at].to(_shared(k[at], q).dtype), _shared(k[at], q)) * scale
-        seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
-        if window is not None:
-            seen &= torch.ones_like(seen).triu_(1 - window)
-        yield at, scores.masked_fill_(~seen, float("-inf"))
+# The plain forms ------------------------------------------------------------------------------------------------------
+
+
+def attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The slow, plain form of `attend`: the whole score matrix of each document, in float32 (float64 for float64)."""
+    o = q.new_empty(q.shape)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=_wide(q), device=q.device)
+    for place in _documents(bounds, len(q)):
+        qs, ks, vs = (_heads(t[place], k.shape[1]) for t in (q, k, v))
+        scores = _scores(qs, ks, scale, window, softcap)[0]
+        of_rows = scores.logsumexp(-1)
+        o[place] = _rows((scores - of_rows[..., None]).exp() @ vs).to(q.dtype)
+        lse[:, place] = of_rows.flatten(0, 1)
+    return o, lse
+
+
+def attend_backward_reference(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Gradients:
+    """The slow, plain form of `attend_backward`. With a softcap dS is multiplied by its slope, 1 - tanh^2."""
+    found = [torch.empty_like(t) for t in (q, k, v)]
+    for place in _documents(bounds, len(q)):
+        qs, ks, vs, os, gs = (_heads(t[place], k.shape[1]) for t in (q, k, v, o, g))
+        scores, slope = _scores(qs, ks, scale, window, softcap)
+        p = (scores - lse[:, place].reshape(scores.shape[:-1])[..., None]).exp()
+        ds = p * (gs @ vs.mT - (gs * os).sum(-1, keepdim=True)) * slope
+        parts = ds @ ks, (ds.mT @ qs).sum(1, keepdim=True), (p.mT @ gs).sum(1, keepdim=True)
+        for whole, part in zip(found, parts, strict=True):
+            whole[place] = _rows(part).to(whole.dtype)
+    return found[0], found[1], found[2]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Scores [G, H / G, L, L] with -inf where nothing is seen, and their slope in q k: a number, or a matrix."""
+    scores = q @ k.mT * scale
+    slope = torch.as_tensor(scale, dtype=scores.dtype)
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, scale * (1 - bent * bent)
+    ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    hidden = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-max(1, window))
+    return scores.masked_fill(hidden, float("-inf")), slope
+
+
+def _documents(bounds: Tensor, tokens: int) -> Iterator[slice]:
+    return (slice(a, b) for a, b in itertools.pairwise(attention_calls.checked_bounds(bounds, tokens)) if b > a)
+
+
+def _heads(t: Tensor, shared: int) -> Tensor:
+    """[L, H, D] as [G, H / G, L, D], in the dtype that sums are taken in."""
+    return t.to(_wide(t)).reshape(len(t), shared, -1, t.shape[-1]).permute(1, 2, 0, 3)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[G, H / G, L, D] as [L, H, D]."""
+    return t.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    together = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+    if not together or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ShapeError(
+            f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} do not belong together.\n"
+            "  Needed: [T, H, D] and twice [T, G, D], H a multiple of G."
+        )

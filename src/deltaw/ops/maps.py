@@ -218,7 +218,7 @@ def parameter_gradients(
 
 
 def _row_sum(x: Tensor, by: Tensor | None = None, less: Tensor | None = None) -> Tensor:
-    """The sum of the rows of x, or of x (by - less), in float32 at least; some rows at a time, for small temporaries."""
+    """The sum of the rows of x, or of x (by - less), in float32 at least; a few at a time, for small temporaries."""
     total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     for at in range(0, len(x), _ROWS):
         part = x[at : at + _ROWS].to(total.dtype)

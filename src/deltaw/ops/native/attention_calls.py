@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +23,13 @@ class _Rows(ctypes.Structure):
     _fields_ = [("at", _pointer), ("token", _i64), ("head", _i64)]
 
 
-_OF_ATTENTION: list[tuple[str, Any]] = [(name, _Rows) for name in _ROWS] + [
-    ("lse", _pointer), ("bounds", _pointer),
-    *((n, _i64) for n in ("tokens", "heads", "shared", "dim", "docs", "window")),
-    ("scale", ctypes.c_float), ("dtype", _i32),
-]  # fmt: skip
-
-
 class _Attention(ctypes.Structure):
-    _fields_ = _OF_ATTENTION
+    _fields_ = [
+        ("q", _Rows), ("k", _Rows), ("v", _Rows), ("o", _Rows), ("g", _Rows),
+        ("dq", _Rows), ("dk", _Rows), ("dv", _Rows), ("lse", _pointer), ("bounds", _pointer),
+        ("tokens", _i64), ("heads", _i64), ("shared", _i64), ("dim", _i64), ("docs", _i64), ("window", _i64),
+        ("scale", ctypes.c_float), ("dtype", _i32),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, setting: Setting, o: Tensor, lse: Te
 
 
 def attend_backward(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], lse: Tensor, setting: Setting, out: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...], lse: Tensor, setting: Setting, out: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Fill `out`, (dq, dk, dv), from `rows`, (q, k, v, o, g). dq may be q or g, dk may be k, and dv may be v.
+    """Fill `out`, (dq, dk, dv), from `rows`, (q, k, v, o, g).
 
-    A document's heads are read before their gradients are written.
+    dq may be q or g, dk k and dv v, in the same places: a document's heads are read before their gradients are written.
     """
     _call("deltaw_attend_backward", _task(setting, lse, **dict(zip(_ROWS, (*rows, *out), strict=True))))
+
+
+def checked_bounds(bounds: Tensor, tokens: int) -> list[int]:
+    """The values of `bounds`. Raises ShapeError unless they are int64 [n + 1] in CPU memory, from 0 up to `tokens`."""
+    if bounds.dtype != torch.int64 or bounds.ndim != 1 or not bounds.is_cpu or not bounds.is_contiguous():
+        raise ShapeError(f"bounds are {list(bounds.shape)} {bounds.dtype}, needed: int64 [n + 1] on the CPU.")
+    found: list[int] = bounds.tolist()
+    if not found or found[0] != 0 or found[-1] != tokens or found != sorted(found):
+        raise ShapeError(f"bounds that begin {found[:4]} and end {found[-1:]} do not ascend from 0 to {tokens}.")
+    return found
 
 
 def _task(setting: Setting, lse: Tensor, **rows: Tensor) -> _Attention:
@@ -72,7 +79,8 @@ def _task(setting: Setting, lse: Tensor, **rows: Tensor) -> _Attention:
         raise ShapeError(f"lse is {list(lse.shape)} {lse.dtype}, needed: {[heads, tokens]} float32, contiguous.")
     window = tokens if setting.window is None else min(setting.window, tokens)
     out.window, out.lse, out.docs = max(1, window), lse.data_ptr(), len(setting.bounds) - 1
-    out.bounds = _bounds(setting.bounds, tokens)
+    checked_bounds(setting.bounds, tokens)
+    out.bounds = setting.bounds.data_ptr()
     return out
 
 
@@ -83,15 +91,6 @@ def _rows(name: str, t: Tensor, shape: tuple[int, int, int], dtype: torch.dtype)
             f"  The kernel needs {list(shape)} {dtype} on the CPU, features side by side."
         )
     return _Rows(at=t.data_ptr(), token=t.stride(0), head=t.stride(1))
-
-
-def _bounds(bounds: Tensor, tokens: int) -> int:
-    if bounds.dtype != torch.int64 or bounds.ndim != 1 or not bounds.is_cpu or not bounds.is_contiguous():
-        raise ShapeError(f"bounds are {list(bounds.shape)} {bounds.dtype}, needed: int64 [n + 1] on the CPU.")
-    found = bounds.tolist()
-    if not found or found[0] != 0 or found[-1] != tokens or found != sorted(found):
-        raise ShapeError(f"bounds {found[:4]} to {found[-1:]} do not ascend from 0 to {tokens}.")
-    return bounds.data_ptr()
 
 
 def _call(name: str, task: _Attention) -> None:
