@@ -68,11 +68,12 @@ def lay_out(
         return [page for of_group in numbers for page in cut([(i, shapes[i].n) for i in of_group], most, whole)]
 
     threads = min(threads, MOST)
-    n_workers = threads + 1 if paged else threads if on_cpu and threads > 1 else 0
+    # threads of ours make OpenMP's sleep between operations, everywhere in the process: only where they gain more
+    n_workers = threads + 1 if paged else threads if on_cpu and threads > 1 and whole else 0
     budget = None if resident_mb is None else resident_mb * 1e6
     chosen = choose_pages(cut_to, kinds, budget, n_workers, rule.scratch_bytes) if paged else None
     if chosen is None:
-        return Layout(kinds, cut_to(PAGE if on_cpu else _WHOLE), None, n_workers, 0)
+        return Layout(kinds, cut_to(PAGE if n_workers else _WHOLE), None, n_workers, 0)
     pages, stay = chosen
     largest = max((stop - start for page in pages for i, start, stop in page if i not in whole), default=0)
     return Layout(kinds, pages, frozenset(stay), n_workers, n_workers * rule.scratch_bytes(largest))
