@@ -21,13 +21,14 @@ from deltaw.data.template import Example
 from deltaw.model import attention
 from deltaw.model.attention import Documents, explicit_attention, packs
 from deltaw.model.model import Model
+from deltaw.ops import native
 from deltaw.ops.loss import summed_cross_entropy
 from deltaw.train.loss import sft
 from deltaw.train.step import step_gradient
 from models import ARCHITECTURES, VOCAB, WINDOW, make_batch, make_ids, make_net, randomise
 
-# float32 sums of a few dozen terms of order 1 in two orders, through two blocks
-ATOL = 1e-5
+# float32 sums of a few dozen terms of order 1 in two orders, through two blocks: each form is within 9e-6 of float64
+ATOL = 2e-5
 LENGTHS = (9, 2, 31, 2, 17, 30, 3, 1)
 
 
@@ -74,12 +75,26 @@ def test_a_pack_equals_its_documents_one_at_a_time(kind):
     compare(wear(kind), documents(), atol=2 * ATOL)
 
 
+@pytest.fixture
+def without_kernels():
+    with native.forced("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 3, 9, 10, 31, 31)], ids=["mixed", "sorted"])
+def test_grouped_documents_equal_their_documents_where_no_kernel_runs(kind, lengths):
+    compare(wear(kind), documents(lengths))
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("lengths", [(3, 3, 9, 10, 31, 31), (7, 7, 7), (12,)])
 def test_a_pack_sorted_by_length_equals_its_documents_too(kind, lengths):
     compare(wear(kind), documents(lengths))
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("kind", ["gpt2", "phi", "opt"])
 def test_long_documents_take_torchs_attention_and_stay_equal(kind, monkeypatch):
     monkeypatch.setattr(attention, "_EXPLICIT_UP_TO", 8)

@@ -40,13 +40,13 @@ def test_what_costs_least_is_given_up_first(shape):
     whole = made.plan().needed_bytes / 1e9
     chosen, plan = fit(made, whole + 0.01)
     assert (chosen, plan.gave_up) == (made.recipe, ())
-    chosen, plan = fit(made, whole - 0.05)
+    chosen, plan = fit(made, whole - 0.02)
     assert chosen.train.micro_tokens == 512
     assert not chosen.train.checkpointing
-    assert plan.needed_bytes <= (whole - 0.05) * 1e9
+    assert plan.needed_bytes <= (whole - 0.02) * 1e9
     assert "512 tokens" in plan.gave_up[0]
     smallest = made.plan(chosen.model_copy(update={"train": chosen.train.model_copy(update={"micro_tokens": 256})}))
-    chosen, plan = fit(made, smallest.needed_bytes / 1e9 - 0.01)
+    chosen, plan = fit(made, smallest.needed_bytes / 1e9 - 0.001)  # attention keeps no scores: little is left to save
     assert chosen.train.checkpointing
     assert chosen.base.format == "dense"
 

@@ -26,6 +26,7 @@ from deltaw.methods import PrefixTuning, Prompt
 from deltaw.model import attention
 from deltaw.model.attention import explicit_attention, packs
 from deltaw.model.model import Model
+from deltaw.ops import native
 from deltaw.ops.loss import summed_cross_entropy
 from deltaw.train.loss import sft
 from deltaw.train.step import step_gradient
@@ -76,6 +77,13 @@ def test_a_pack_sorted_by_length_equals_its_documents_too(lengths, method):
     compare(wear("mistral", method), documents(lengths))
 
 
+@pytest.fixture
+def without_kernels():
+    with native.forced("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("method", PLAIN)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi", "opt"])
 def test_long_documents_take_torchs_attention_without_a_mask_and_stay_equal(kind, method, monkeypatch):

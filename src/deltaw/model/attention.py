@@ -1,9 +1,10 @@
 """Attention over a pack of documents that cannot see each other.
 
-A pack is one row of tokens [1, T] in which documents follow one another. Attention runs document by document:
-documents of like length form a group [n, L] (short ones padded on the right), and because attention is causal, a
-real token never looks at the padding behind it; what padding computes is thrown away. So no mask is needed,
-and no work is done across documents.
+A pack is one row of tokens [1, T] in which documents follow one another. Attention runs document by document, so that
+no mask is needed and no work is done across documents. On a CPU a compiled kernel does that (`ops.attention`). What it
+does not take (a softcap, keys in front of a document, other dtypes, a GPU) goes by PyTorch's operations: documents of
+like length form a group [n, L] (short ones padded on the right), and because attention is causal, a real token never
+looks at the padding behind it; what padding computes is thrown away.
 
 The function below is registered with transformers' AttentionInterface, its public extension point, and is chosen only
 while a pack is computed; everything else (generation, padded batches) keeps the model's own attention.
@@ -27,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from deltaw.core.prefix import Prefix
 from deltaw.errors import AdapterError
 from deltaw.model.kinds import kind_of
+from deltaw.ops.attention import attention, suits
 
 NAME = "deltaw_documents"
 _EXPLICIT_UP_TO = 512  # tokens; beyond this torch's blockwise attention needs less memory and is faster
@@ -52,10 +54,12 @@ class Group:
 class Documents:
     """How a pack of T tokens falls into groups of documents.
 
+    bounds    [D + 1] where they begin, and T
     in_order  whether the groups, one after the other, are the pack
     """
 
     n_tokens: int
+    bounds: Tensor
     groups: tuple[Group, ...]
     in_order: bool
 
@@ -78,7 +82,7 @@ class Documents:
         for g in groups:
             ends.append(ends[-1] + len(g.put))
         in_order = all(g.start == end for g, end in zip(groups, ends, strict=False))
-        return cls(int(bounds[-1]), tuple(groups), in_order)
+        return cls(int(bounds[-1]), bounds, tuple(groups), in_order)
 
 
 def _group(starts: Tensor, lengths: Tensor, longest: int) -> Group:
@@ -260,6 +264,9 @@ def _over(
     softcap: float | None,
 ) -> Tensor:
     """Attention within each of `documents`: queries, keys, values [T, heads, D] -> [T, H, D]."""
+    q, k, v = rows
+    if before is None and suits(q, k, v, scale, softcap):
+        return attention(q, k, v, documents.bounds, scale, window)
     parts: list[Tensor] = []
     for g in documents.groups:
         y = _attend_group(rows, g, before, scale, window, softcap)

@@ -28,7 +28,8 @@ constexpr int64_t KEYS = 64;                 // whose scores are taken together
 constexpr int64_t FORWARD_KEYS = 256;        // the same in the forward
 constexpr int64_t AHEAD_ROWS = 64;           // fetched before they are read
 constexpr int64_t WIDEST = 256;              // a head at most
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LN2 = 0.693147180559945309;
 constexpr float LEAST = -3e38f;  // a maximum before the first score
 constexpr float STALE = 8;       // powers of two
 
@@ -149,11 +150,12 @@ inline void interleave(const typename Op::T* rows, int64_t n, int64_t wide, type
         for (int64_t d = 0; d < wide; d += W) Op::mingle(rows + i * wide + d, wide, out + i * wide + d * Op::DEPTH);
 }
 
-// 16 rows into a turned panel of `keys` columns
+// 16 rows into a turned panel of `keys` columns; a unit of either kind has 32 bits
 template <class Op>
 inline void turn(const typename Op::T* rows, int64_t wide, int64_t keys, typename Op::T* out) {
-    for (int64_t k = 0; k < wide; k += Op::DEPTH, out += keys * Op::DEPTH)
-        for (int64_t r = 0; r < 16; ++r) memcpy(out + r * Op::DEPTH, rows + r * wide + k, sizeof(*rows) * Op::DEPTH);
+    const int64_t units = wide / Op::DEPTH;
+    for (int64_t k = 0; k < units; k += 16)
+        V::turn16((const uint32_t*)rows + k, units, least(16, units - k), (uint32_t*)out + k * keys, keys);
 }
 
 // All keys (or values) of a head: turned, in tiles of `keys`, and interleaved; either may be null
@@ -302,7 +304,7 @@ inline void attend_queries(const Attention& t, const Place& at, int64_t head, in
         const F by = V::set1(1 / f.sum[r]);
         float* out = f.out + r * at.wide;
         for (int64_t d = 0; d < at.wide; d += W) V::store(out + d, V::mul(V::load(out + d), by));
-        t.lse[head * t.tokens + at.start + i0 + r] = (f.top[r] + log2f(f.sum[r])) * LN2;
+        t.lse[head * t.tokens + at.start + i0 + r] = float((double(f.top[r]) + log2f(f.sum[r])) * LN2);
     }
     write_rows<D>(t.o, at, head, i0, n, f.out);
 }

@@ -110,6 +110,10 @@ struct V {
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
+    static void turn16(const uint32_t* rows, int64_t from, int64_t n, uint32_t* out, int64_t to) {
+        for (int64_t c = 0; c < n; ++c)
+            for (int64_t r = 0; r < 16; ++r) out[c * to + r] = rows[r * from + c];
+    }
     // for elementwise.h
     static void store_bf16_flushed(uint16_t* p, F a) { store_bf16(p, a); }
     static F scale2(F a, F n) {  // in two steps: one exponent does not reach from 1 to the least subnormal

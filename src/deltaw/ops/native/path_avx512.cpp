@@ -89,6 +89,30 @@ struct V {
     }
     static F power(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
     static float largest(F a) { return _mm512_reduce_max_ps(a); }
+    // out[c * to + r] = rows[r * from + c] for 16 rows and n <= 16 columns; 16 are read
+    static void turn16(const uint32_t* rows, int64_t from, int64_t n, uint32_t* out, int64_t to) {
+        __m512i a[16], b[16];
+        for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows + r * from);
+        for (int r = 0; r < 16; r += 2) {
+            b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+            b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+        }
+        for (int r = 0; r < 16; r += 4)  // a[r + c], lane l of 128 bits: rows r to r + 3 of column 4 l + c
+            for (int half = 0; half < 2; ++half) {
+                a[r + 2 * half] = _mm512_unpacklo_epi64(b[r + half], b[r + 2 + half]);
+                a[r + 2 * half + 1] = _mm512_unpackhi_epi64(b[r + half], b[r + 2 + half]);
+            }
+        for (int c = 0; c < 4; ++c) {
+            const __m512i even = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+            const __m512i odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+            const __m512i even2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+            const __m512i odd2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+            b[c] = _mm512_shuffle_i32x4(even, even2, 0x88), b[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+            b[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88), b[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+        }
+        for (int c = 0; c < 16; ++c)
+            if (c < n) _mm512_storeu_si512(out + c * to, b[c]);
+    }
     // for elementwise.h
     static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
     static F where_negative(F test, F a, F b) {

@@ -129,6 +129,10 @@ struct V {
         for (int l = 1; l < W; ++l) out = a.v[l] > out ? a.v[l] : out;
         return out;
     }
+    static void turn16(const uint32_t* rows, int64_t from, int64_t n, uint32_t* out, int64_t to) {
+        for (int64_t c = 0; c < n; ++c)
+            for (int64_t r = 0; r < 16; ++r) out[c * to + r] = rows[r * from + c];
+    }
     // for elementwise.h
     static void store_bf16_flushed(uint16_t* p, F a) { store_bf16(p, a); }
     static I whole(F a) { EACH(I, a.v[l] == a.v[l] ? int32_t(a.v[l]) : 0); }
