@@ -48,7 +48,7 @@ def test_ops_maps_equal_autograd_for_every_set_of_parts(parts: frozenset[str], b
     with torch.no_grad():
         kept = maps.forward(group, x, outs, arena)
         dx = torch.empty_like(x)
-        inner = maps.input_gradient(group, grads, dx, arena)
+        inner = maps.input_gradient(group, kept, grads, dx, arena)
         of_parts = maps.parameter_gradients(group, kept, inner, grads, x)
     for found, value in zip([*outs, dx, *of_parts], [*wanted, *autograd], strict=True):
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
@@ -56,7 +56,7 @@ def test_ops_maps_equal_autograd_for_every_set_of_parts(parts: frozenset[str], b
         out = torch.empty(ROWS, OUT[0], dtype=torch.float64)
         maps.forward(group[:1], x, [out], arena, onto=onto)
         added = torch.ones_like(x)
-        maps.input_gradient(group, grads, added, arena, add=True)
+        maps.input_gradient(group, kept, grads, added, arena, add=True)
     torch.testing.assert_close(out, wanted[0] + onto, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(added, dx + 1, rtol=1e-10, atol=1e-10)
 
@@ -68,7 +68,7 @@ def test_ops_maps_gradient_is_none_where_nothing_trains() -> None:
     x, g, arena = drawn(ROWS, IN), drawn(ROWS, OUT[0]), Arena()
     with torch.no_grad():
         kept = maps.forward(group, x, [torch.empty_like(g)], arena)
-        inner = maps.input_gradient(group, [g], None, arena)
+        inner = maps.input_gradient(group, kept, [g], None, arena)
         a, b, gain = maps.parameter_gradients(group, kept, inner, [g], x)
     assert a is None
     assert gain is None

@@ -181,10 +181,10 @@ def _attention_backward(
     flat = kept.o.flatten(1)
     do = arena.borrow(*flat.shape, like=flat)
     if rows is None:
-        outer = maps.input_gradient([half.output], [g], do, arena)
+        outer = maps.input_gradient([half.output], kept.outer, [g], do, arena)
     else:
         wanted = flat.new_empty(len(rows), flat.shape[1])
-        outer = maps.input_gradient([half.output], [g], wanted, arena)
+        outer = maps.input_gradient([half.output], kept.outer, [g], wanted, arena)
         do.zero_().index_copy_(0, rows, wanted)
         flat = flat[rows]
     of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], flat)
@@ -201,7 +201,7 @@ def _attention_backward(
     normed = arena.borrow(*kept.x.shape, like=flat)
     dnormed = None if dx is None and not half.norm.weight.requires_grad else arena.borrow(*kept.x.shape, like=flat)
     parts = _split(kept.qkv, half.inputs)
-    inner = maps.input_gradient(half.inputs, parts, dnormed, arena)
+    inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
     of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed)
     of_norm: Grads = [None]
@@ -244,12 +244,12 @@ def _ffn_backward(half: FeedForward, kept: _FedForward, g: Tensor, dx: Tensor, a
     width = half.output.weight.in_features
     gate, up = kept.gate_up.split(width, dim=1)
     dh = arena.borrow(g.shape[0], width, like=g)
-    outer = maps.input_gradient([half.output], [g], dh, arena)
+    outer = maps.input_gradient([half.output], kept.outer, [g], dh, arena)
     h = gated_backward_(dh, gate, up, half.act, h=arena.borrow(g.shape[0], width, like=g))
     of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], h)
     parts = _split(kept.gate_up, half.inputs)
     dnormed, normed = arena.borrow(*g.shape, like=g), arena.borrow(*g.shape, like=g)
-    inner = maps.input_gradient(half.inputs, parts, dnormed, arena)
+    inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
     of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed)
     of_norm = half.norm.backward(dnormed, kept.x, kept.rstd, dx, g)

@@ -24,6 +24,7 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
+from deltaw.ops.thin import thin_add_, thin_back
 
 _ROWS = 256
 PARTS = ("A", "B", "out_gain", "in_gain", "bias")
@@ -61,10 +62,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Inner:
-    """What the input's gradient leaves for the parameters': h [n, R]; of each map g [n, out] and, with in_gain, g W."""
+    """What the input's gradient leaves for the parameters': h [n, R]; of each map u^T g [r, out], and g W with in_gain."""
 
     h: Tensor | None
-    g: tuple[Tensor, ...]
+    of_b: tuple[Tensor | None, ...]
     before_in_gain: tuple[Tensor | None, ...]
 
 
@@ -93,7 +94,7 @@ def forward(
                 out.addmm_(source, w)
         b = m.part("B")
         if u is not None and b is not None and m.affine is not None:
-            out.addmm_(u[:, first : first + m.rank], b.to(x.dtype).T, alpha=m.affine.scale)
+            thin_add_(out, u[:, first : first + m.rank], b.to(x.dtype), m.affine.scale)
             first += m.rank
         kept.append(_gain(out, gain, bias, arena))
         if onto is not None and early is None:
@@ -106,7 +107,9 @@ def _stacked_inputs(maps: Sequence[Map], x: Tensor, arena: Arena) -> Tensor | No
     if not factors:
         return None
     a = _stacked(factors, x.dtype)
-    return torch.mm(x, a.T, out=arena.keep(x.shape[0], a.shape[0], like=x))
+    u = arena.keep(x.shape[0], a.shape[0], like=x)
+    thin_back(x, a.T, None, out=u)
+    return u
 
 
 def _dense(m: Map, like: Tensor, arena: Arena) -> Tensor:
@@ -149,7 +152,7 @@ def _lent(x: Tensor, arena: Arena) -> Tensor:
 
 
 def input_gradient(
-    maps: Sequence[Map], grads: Sequence[Tensor], dx: Tensor | None, arena: Arena, *, add: bool = False
+    maps: Sequence[Map], kept: Kept, grads: Sequence[Tensor], dx: Tensor | None, arena: Arena, *, add: bool = False
 ) -> Inner:
     """Fill dx [n, in] (or add to it) with dL/dx, from grads[i] = dL/dy_i [n, out_i]; dx None: nobody wants it.
 
@@ -158,16 +161,19 @@ def input_gradient(
     n, like = grads[0].shape[0], grads[0]
     total = sum(m.rank for m in maps)
     h = arena.borrow(n, total, like=like) if total else None
-    inner: list[Tensor] = []
+    sums: list[Tensor | None] = []
     products: list[Tensor | None] = []
     first = 0
     for m, big in zip(maps, grads, strict=True):
         gain, in_gain, b = m.part("out_gain"), m.part("in_gain"), m.part("B")
         g = big if gain is None else torch.addcmul(big, big, _less_one(gain, big), out=_lent(big, arena))
-        inner.append(g)
+        of_b = None
         if h is not None and b is not None and m.affine is not None:
-            torch.mm(g, b.to(g.dtype) * m.affine.scale, out=h[:, first : first + m.rank])
-            first += m.rank
+            end = first + m.rank
+            u = kept.u[:, first:end] if kept.u is not None and b.requires_grad else None
+            of_b = thin_back(g, b.to(g.dtype), u, scale=m.affine.scale, out=h[:, first:end])
+            first = end
+        sums.append(of_b)
         product = None
         if in_gain is not None:
             product = torch.mm(g, _dense(m, g, arena), out=arena.borrow(n, m.weight.in_features, like=like))
@@ -183,8 +189,8 @@ def input_gradient(
                 dx.addmm_(g, w) if add else torch.mm(g, w, out=dx)
         add = True
     if dx is not None and h is not None:
-        dx.addmm_(h, _stacked([a for m in maps if (a := m.part("A")) is not None], h.dtype))
-    return Inner(h, tuple(inner), tuple(products))
+        thin_add_(dx, h, _stacked([a for m in maps if (a := m.part("A")) is not None], h.dtype).T)
+    return Inner(h, tuple(sums), tuple(products))
 
 
 def parameter_gradients(
@@ -192,18 +198,18 @@ def parameter_gradients(
 ) -> list[Tensor | None]:
     """dL/d of each of `parameters(maps)`, None where it is not trained; x [n, in] as the forward had it."""
     trained = any(t.requires_grad for m in maps if (t := m.part("A")) is not None)
-    stacked = inner.h.T @ x if inner.h is not None and trained else None
+    stacked = thin_back(x, None, inner.h) if inner.h is not None and trained else None
     found: list[Tensor | None] = []
     first = 0
     for i, m in enumerate(maps):
-        g, big = inner.g[i], grads[i]
+        big, of_b = grads[i], inner.of_b[i]
         made: dict[str, Tensor] = {}
         if m.affine is not None and m.affine.A is not None and m.affine.B is not None:
             end = first + m.rank
             if stacked is not None:
                 made["A"] = stacked[first:end]
-            if m.affine.B.requires_grad and kept.u is not None:
-                made["B"] = (g.T @ kept.u[:, first:end]).mul_(m.affine.scale)
+            if of_b is not None:
+                made["B"] = of_b.T * m.affine.scale
             first = end
         t, product = kept.before_gain[i], inner.before_in_gain[i]
         if t is not None:

@@ -303,3 +303,27 @@ DELTAW_API int deltaw_gated_backward(int at, int threads, const Gated* t) {
 DELTAW_API int deltaw_cross_entropy(int at, int threads, const CrossEntropy* t) {
     return share_elementwise(at, threads, &Elementwise::cross_entropy, t, t->n, bytes(3 * t->v, t->dtype));
 }
+
+// Products as thin as a rank -------------------------------------------------------------------------------------------
+
+DELTAW_API int deltaw_thin(int at, int threads, const Thin* t) {
+    const Path* path = path_at(at);
+    if (!path || !path->thin) return 1;
+    const ThinKernels& thin = *path->thin;
+    void* room = malloc(size_t(thin.scratch(*t)) + 64);
+    if (!room) return 2;
+    void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
+    thin.prepare(*t, scratch);
+    if (t->y)
+        share([&](int64_t first, int64_t last) { thin.add(*t, scratch, first, last); }, t->n, 4 * t->cols, threads);
+    else
+        share([&](int64_t first, int64_t last) { thin.back(*t, scratch, first, last); }, (t->n + t->chunk - 1) / t->chunk,
+              2 * t->cols * t->chunk, threads);
+    free(room);
+    return 0;
+}
+
+DELTAW_API int deltaw_has_thin(int at) {
+    const Path* path = path_at(at);
+    return path && path->thin;
+}

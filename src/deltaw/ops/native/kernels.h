@@ -567,12 +567,19 @@ float read_sum(const uint8_t* bytes, int64_t first, int64_t last) {
 
 namespace {
 extern const Elementwise ELEMENTWISE;  // elementwise.h
+#ifdef DELTAW_BF16_DOT
+extern const ThinKernels THIN_KERNELS;  // thin.h
+constexpr const ThinKernels* THIN = &THIN_KERNELS;
+#else
+constexpr const ThinKernels* THIN = nullptr;
+#endif
 
 const Path THIS = {
     V::NAME, quantise, quantise_dynamic, dequantise_dynamic, dequantise, product_scratch, product_prepare, product,
     read_sum,
     attention_scratch, attend, attend_backward, attention_gather,
     &ELEMENTWISE,
+    THIN,
 };
 
 }  // namespace

@@ -155,6 +155,25 @@ struct Elementwise {
 
 // ----------------------------------------------------------------------------------------------------------------------
 
+// Products with a side as thin as an adapter's rank (thin.h), in bf16. Rows are `stride` values apart.
+struct Thin {
+    const uint16_t* g;       // [n, cols]
+    const uint16_t* u;       // [n, rank]
+    uint16_t* h;             // [n, rank], or null
+    uint16_t* y;             // [n, cols]: thin_add's
+    const uint16_t* factor;  // [cols, rank]: value (o, k) is factor[o * factor_row + k * factor_col]
+    float* sums;             // [ceil(n / chunk), rank, cols], or null
+    int64_t g_stride, u_stride, h_stride, y_stride, factor_row, factor_col, n, cols, rank, chunk;
+    float scale;
+};
+
+struct ThinKernels {
+    int64_t (*scratch)(const Thin&);                                             // bytes that `prepare` fills
+    void (*prepare)(const Thin&, void* scratch);
+    void (*back)(const Thin&, const void* scratch, int64_t first, int64_t last);  // chunks of rows
+    void (*add)(const Thin&, const void* scratch, int64_t first, int64_t last);   // rows
+};
+
 // Work on items [first, last); items do not depend on each other, so results do not depend on the threads.
 struct Path {
     const char* name;
@@ -172,6 +191,7 @@ struct Path {
     void (*attend_backward)(const Attention&, const Heads&, float* sums, void* scratch);
     void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums);
     const Elementwise* elementwise;
+    const ThinKernels* thin;  // null where there are no products of bf16 pairs
 };
 
 // Null where this compiler or this architecture cannot make it.

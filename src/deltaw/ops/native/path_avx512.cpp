@@ -164,6 +164,9 @@ struct V {
 
 #include "kernels.h"
 #include "elementwise.h"
+#ifdef DELTAW_BF16_DOT
+#include "thin.h"
+#endif
 
 const Path* DELTAW_PATH() { return &THIS; }
 
