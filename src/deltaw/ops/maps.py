@@ -62,7 +62,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Inner:
-    """What the input's gradient leaves for the parameters': h [n, R]; of each map u^T g [r, out], and g W with in_gain."""
+    """What the input's gradient leaves for the parameters': h [n, R]; of each map u^T g [r, out]; g W with in_gain."""
 
     h: Tensor | None
     of_b: tuple[Tensor | None, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
 _MATRICES = ("g", "u", "h", "y")
 
 
+_SIZES = ("g_stride", "u_stride", "h_stride", "y_stride", "factor_row", "factor_col", "n", "cols", "rank", "chunk")
+_OF_THIN: list[tuple[str, Any]] = [(name, _pointer) for name in (*_MATRICES, "factor", "sums")]
+
+
 class _Thin(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in (*_MATRICES, "factor", "sums")] + [
-        (name, _i64)
-        for name in ("g_stride", "u_stride", "h_stride", "y_stride", "factor_row", "factor_col", "n", "cols", "rank")
-    ] + [("chunk", _i64), ("scale", ctypes.c_float)]  # fmt: skip
+    _fields_ = [*_OF_THIN, *((name, _i64) for name in _SIZES), ("scale", ctypes.c_float)]
 
 
 def available() -> bool:
