@@ -10,10 +10,10 @@
 //   turned       [summed / DEPTH][W or more][DEPTH]     K and V for S and dP: transposed
 //   interleaved  [summed / DEPTH][dim][DEPTH]           V for O, K for dQ, Q and dO for dK and dV: DEPTH rows mingled
 //
-// Scores exist for ROWS_OF_TILE queries at a time, against KEYS keys. The forward keeps a running maximum and sum
-// (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022), the backward computes P again from lse. What lies
-// beyond the diagonal is left out, a group of TILE queries at a time. Sums are taken in an order that depends on the
-// document alone.
+// Scores exist for TILE queries at a time, against KEYS keys. The forward keeps a running maximum and sum (Milakov and
+// Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135), the backward computes P again from lse. What lies beyond
+// the diagonal is left out, a group of TILE queries at a time. Sums are taken in an order that depends on the document
+// alone. Included by kernels.h, whose V, F and W these are.
 #pragma once
 #include <math.h>
 
@@ -21,12 +21,12 @@
 
 namespace {
 
-constexpr int TILE = W == 16 ? 8 : V::TALL;  // rows of C at a time; divides W, so that groups of rows end where vectors do
+constexpr int TILE = W == 16 ? 8 : V::TALL;  // rows of C at a time; divides W: groups of rows end where vectors do
 constexpr int BROAD = V::TALL < 3 ? 2 : 3;   // vectors of C at a time
 constexpr int64_t QUERIES = 64;              // that share a pass over the keys
 constexpr int64_t KEYS = 64;                 // whose scores are taken together
 constexpr int64_t FORWARD_KEYS = 256;        // the same in the forward
-constexpr int64_t AHEAD_ROWS = 64;           // fetched before they are read
+constexpr int64_t AHEAD_ROWS = 64;           // fetched before they are read: of this document, or of the next
 constexpr int64_t WIDEST = 256;              // a head at most
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr double LN2 = 0.693147180559945309;
@@ -35,7 +35,7 @@ constexpr float STALE = 8;       // powers of two
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Units ----------------------------------------------------------------------------------------------------------------
+// Units ---------------------------------------------------------------------------------------------------------------
 
 struct Whole {  // a float
     using T = float;
@@ -46,7 +46,9 @@ struct Whole {  // a float
     static F dot(R a, R b, F c) { return V::fma(a, b, c); }
     static void along(T* p, F a) { V::store(p, a); }
     static void across(T* p, const F* rows) { V::store(p, rows[0]); }
-    static void both(T* across, T* along, int64_t, const F* rows) { V::store(across, rows[0]), V::store(along, rows[0]); }
+    static void both(T* across, T* along, int64_t, const F* rows) {
+        V::store(across, rows[0]), V::store(along, rows[0]);
+    }
     static void mingle(const T* rows, int64_t, T* out) { V::store(out, V::load(rows)); }
 };
 
@@ -67,7 +69,7 @@ struct Paired {  // two bf16; products are exact, sums in float32
 };
 #endif
 
-// C += A B ---------------------------------------------------------------------------------------------------------------
+// C += A B ------------------------------------------------------------------------------------------------------------
 //
 // A [TILE, depth]: ALONG: unit k of row r is at a + r * stride + k * DEPTH; else at a + k * stride + r * DEPTH.
 // B [depth, W * N]: row k at b + k * b_stride.    C [TILE, W * N]: row r at c + r * c_stride.
@@ -103,7 +105,7 @@ inline void multiply_wide(const typename Op::T* a, int64_t stride, const typenam
     }
 }
 
-// Panels -----------------------------------------------------------------------------------------------------------------
+// Panels --------------------------------------------------------------------------------------------------------------
 
 // What a routine needs of a document and a head
 struct Place {
@@ -188,7 +190,7 @@ struct Room {
     }
 };
 
-// Scores -----------------------------------------------------------------------------------------------------------------
+// Scores --------------------------------------------------------------------------------------------------------------
 
 // 2^x; 0 below 2^-126. Relative error 2e-7.
 inline F exp2_of(F x) {
@@ -227,7 +229,7 @@ inline void hide(const Attention& t, int64_t i, int64_t j, Span span, float* s) 
     for (int64_t c = most(span.first, i + 1 - j); c < span.last; ++c) s[c] = -INFINITY;
 }
 
-// Forward ----------------------------------------------------------------------------------------------------------------
+// Forward -------------------------------------------------------------------------------------------------------------
 
 template <class Op>
 struct Forward {
@@ -242,8 +244,8 @@ struct Forward {
     }
 };
 
-// Probabilities of TILE queries from i on against a tile of keys, as yet without their sum: 2^(s - top), where `top` is at
-// most STALE below the maximum so far. It seldom moves; `out` [TILE, wide] and `sum` then follow it.
+// Probabilities of TILE queries from i on against a tile of keys, as yet without their sum: 2^(s - top), where `top` is
+// at most STALE below the maximum so far. It seldom moves; `out` [TILE, wide] and `sum` then follow it.
 template <class Op>
 inline void soften(const Attention& t, const Place& at, int64_t i, int64_t j, Span span, Forward<Op>& f, float* top,
                    float* sum, float* out) {
@@ -293,8 +295,9 @@ inline void attend_queries(const Attention& t, const Place& at, int64_t head, in
             if (span.first >= span.last) continue;
             float* out = f.out + r * at.wide;
             const typename Op::T* keys = f.keys + j * at.wide + span.first * Op::DEPTH;
-            multiply_wide<Op, true>(f.queries + r * at.wide, at.wide, keys, FORWARD_KEYS * Op::DEPTH, at.wide / Op::DEPTH,
-                                    f.scores + span.first, FORWARD_KEYS, span.last - span.first, false);
+            multiply_wide<Op, true>(f.queries + r * at.wide, at.wide, keys, FORWARD_KEYS * Op::DEPTH,
+                                    at.wide / Op::DEPTH, f.scores + span.first, FORWARD_KEYS, span.last - span.first,
+                                    false);
             soften(t, at, i, j, span, f, f.top + r, f.sum + r, out);
             const int64_t last = least(least(span.last, i + TILE - j), end - j);
             multiply_wide<Op, true>(f.probs + span.first, FORWARD_KEYS, f.values + (j + span.first) * at.wide,
@@ -324,7 +327,7 @@ void attend_as(const Attention& t, const Heads& part, void* scratch) {
     }
 }
 
-// Backward ---------------------------------------------------------------------------------------------------------------
+// Backward ------------------------------------------------------------------------------------------------------------
 
 template <class Op>
 struct Backward {
@@ -468,7 +471,7 @@ void attention_gather_as(const Attention& t, int64_t doc, int64_t shared, float*
     write_keys<D>(t, at, shared, sums);
 }
 
-// By dtype ---------------------------------------------------------------------------------------------------------------
+// By dtype ------------------------------------------------------------------------------------------------------------
 
 #ifdef DELTAW_BF16_DOT
 using Half = Paired;

@@ -79,8 +79,8 @@ void share(const Task& task, int64_t n, int64_t cost, int threads) {
     gomp_parallel(work, &job, unsigned(threads), 0);
 }
 
-// Attention: the query heads of a document that share a key-value head are a task, those of a document that would keep a
-// thread busy beyond its share one by one. Largest first, each taken by whoever is free.
+// Attention: the query heads of a document that share a key-value head are a task; in a document that would keep a
+// thread busy beyond its share, each head is one. Largest first, each taken by whoever is free.
 
 struct Part {
     Heads heads;
