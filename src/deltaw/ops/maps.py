@@ -54,9 +54,16 @@ class Map:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the forward leaves for the backward: u [n, R] of all maps; t [n, out] of each that has an out_gain."""
+    """What the forward leaves for the backward.
+
+    u            [n, R] of all maps
+    a, b         A [R, in] of all maps, and B [out, r] of each, in x's dtype
+    before_gain  t [n, out] of each map that has an out_gain
+    """
 
     u: Tensor | None
+    a: Tensor | None
+    b: tuple[Tensor | None, ...]
     before_gain: tuple[Tensor | None, ...]
 
 
@@ -78,10 +85,16 @@ def forward(
     maps: Sequence[Map], x: Tensor, outs: Sequence[Tensor], arena: Arena, *, onto: Tensor | None = None
 ) -> Kept:
     """Fill outs[i] [n, out_i] with map i at x [n, in], plus `onto` where it is given; outs may be strided."""
-    u = _stacked_inputs(maps, x, arena)
+    factors = [a for m in maps if (a := m.part("A")) is not None]
+    a = u = None
+    if factors:
+        a = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(x.dtype)
+        u = arena.keep(x.shape[0], a.shape[0], like=x)
+        thin_back(x, a.T, None, out=u)
+    bs = tuple(None if (b := m.part("B")) is None else b.to(x.dtype) for m in maps)
     kept: list[Tensor | None] = []
     first = 0
-    for m, out in zip(maps, outs, strict=True):
+    for m, b, out in zip(maps, bs, outs, strict=True):
         gain, in_gain, bias = m.part("out_gain"), m.part("in_gain"), m.whole_bias
         early = onto if gain is None else None  # a gain must not scale what is added
         with arena.scratch():
@@ -92,32 +105,17 @@ def forward(
                 torch.mm(source, w, out=out)
             else:
                 out.addmm_(source, w)
-        b = m.part("B")
         if u is not None and b is not None and m.affine is not None:
-            thin_add_(out, u[:, first : first + m.rank], b.to(x.dtype), m.affine.scale)
+            thin_add_(out, u[:, first : first + m.rank], b, m.affine.scale)
             first += m.rank
         kept.append(_gain(out, gain, bias, arena))
         if onto is not None and early is None:
             out += onto
-    return Kept(u, tuple(kept))
-
-
-def _stacked_inputs(maps: Sequence[Map], x: Tensor, arena: Arena) -> Tensor | None:
-    factors = [a for m in maps if (a := m.part("A")) is not None]
-    if not factors:
-        return None
-    a = _stacked(factors, x.dtype)
-    u = arena.keep(x.shape[0], a.shape[0], like=x)
-    thin_back(x, a.T, None, out=u)
-    return u
+    return Kept(u, a, bs, tuple(kept))
 
 
 def _dense(m: Map, like: Tensor, arena: Arena) -> Tensor:
     return m.weight.dense(like.dtype, lambda: arena.borrow(m.weight.out_features, m.weight.in_features, like=like))
-
-
-def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
 
 
 def _fill(out: Tensor, onto: Tensor | None, bias: Tensor | None) -> None:
@@ -164,14 +162,15 @@ def input_gradient(
     sums: list[Tensor | None] = []
     products: list[Tensor | None] = []
     first = 0
-    for m, big in zip(maps, grads, strict=True):
-        gain, in_gain, b = m.part("out_gain"), m.part("in_gain"), m.part("B")
+    for m, b, big in zip(maps, kept.b, grads, strict=True):
+        gain, in_gain = m.part("out_gain"), m.part("in_gain")
         g = big if gain is None else torch.addcmul(big, big, _less_one(gain, big), out=_lent(big, arena))
         of_b = None
         if h is not None and b is not None and m.affine is not None:
             end = first + m.rank
-            u = kept.u[:, first:end] if kept.u is not None and b.requires_grad else None
-            of_b = thin_back(g, b.to(g.dtype), u, scale=m.affine.scale, out=h[:, first:end])
+            trains = m.affine.B is not None and m.affine.B.requires_grad
+            u = kept.u[:, first:end] if kept.u is not None and trains else None
+            of_b = thin_back(g, b, u, scale=m.affine.scale, out=h[:, first:end])
             first = end
         sums.append(of_b)
         product = None
@@ -188,8 +187,8 @@ def input_gradient(
                 w = _dense(m, g, arena)
                 dx.addmm_(g, w) if add else torch.mm(g, w, out=dx)
         add = True
-    if dx is not None and h is not None:
-        thin_add_(dx, h, _stacked([a for m in maps if (a := m.part("A")) is not None], h.dtype).T)
+    if dx is not None and h is not None and kept.a is not None:
+        thin_add_(dx, h, kept.a.T)
     return Inner(h, tuple(sums), tuple(products))
 
 
