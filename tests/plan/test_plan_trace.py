@@ -77,7 +77,8 @@ def test_checkpointing_and_micro_batches_need_less():
     whole, again, small = plan(), plan(checkpointing=True), plan(micro_tokens=64)
     at = [p.moments["step"]["activations"] for p in (whole, again, small)]
     assert at[1] < at[0] / 5
-    assert at[2] == pytest.approx(at[0] / 4, rel=0.02)
+    factors = 2 * 4_884_480  # A and B in bfloat16, kept for the backward whatever the tokens
+    assert at[2] - factors == pytest.approx((at[0] - factors) / 4, rel=0.02)
     assert again.peak_bytes < whole.peak_bytes
 
 

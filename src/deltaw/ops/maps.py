@@ -96,36 +96,24 @@ def forward(
     first = 0
     for m, b, out in zip(maps, bs, outs, strict=True):
         gain, in_gain, bias = m.part("out_gain"), m.part("in_gain"), m.whole_bias
-        early = onto if gain is None else None  # a gain must not scale what is added
         with arena.scratch():
             source = x if in_gain is None else torch.addcmul(x, x, _less_one(in_gain, x), out=_lent(x, arena))
-            _fill(out, early, bias)
             w = _dense(m, x, arena).T
-            if early is None and bias is None:
+            if bias is None:
                 torch.mm(source, w, out=out)
             else:
-                out.addmm_(source, w)
+                out.copy_(bias.expand_as(out)).addmm_(source, w)
         if u is not None and b is not None and m.affine is not None:
             thin_add_(out, u[:, first : first + m.rank], b, m.affine.scale)
             first += m.rank
         kept.append(_gain(out, gain, bias, arena))
-        if onto is not None and early is None:
-            out += onto
+        if onto is not None:
+            out += onto  # last: sums that begin at a large residual lose what is small
     return Kept(u, a, bs, tuple(kept))
 
 
 def _dense(m: Map, like: Tensor, arena: Arena) -> Tensor:
     return m.weight.dense(like.dtype, lambda: arena.borrow(m.weight.out_features, m.weight.in_features, like=like))
-
-
-def _fill(out: Tensor, onto: Tensor | None, bias: Tensor | None) -> None:
-    """What a product is added to: the sum of both, rounded once."""
-    if onto is not None and bias is not None:
-        torch.add(onto, bias.to(out.dtype), out=out)
-    elif onto is not None:
-        out.copy_(onto)
-    elif bias is not None:
-        out.copy_(bias.expand_as(out))
 
 
 def _gain(out: Tensor, gain: Tensor | None, bias: Tensor | None, arena: Arena) -> Tensor | None:
