@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -212,3 +213,19 @@ def test_fused_parity_a_forgotten_forward_gives_its_memory_back() -> None:
     twice = {n: t.grad.clone() for n, t in model.trainable().items()}
     for n, g in gradients(model, rows(1))[1].items():
         near(twice[n], 3 * g * batch.n_targets, n)
+
+
+def test_fused_parity_of_threads_that_compute_with_one_model_at_a_time() -> None:
+    model = worn("llama", deltaw.Lora(rank=3))
+    names, tensors = zip(*model.trainable().items(), strict=True)
+
+    def gradient(seed: int) -> list[Tensor]:
+        return list(torch.autograd.grad(model.pack_loss(collate(rows(seed, 6))), tensors))
+
+    wanted = [gradient(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for found, right in zip(pool.map(gradient, range(4)), wanted, strict=True):
+                for name, a, b in zip(names, found, right, strict=True):
+                    near(a, b, name)
+    assert model.arena.kept == 0

@@ -10,7 +10,16 @@ from deltaw.ops.native import thin_calls
 from deltaw.ops.native.library import forced, paths
 from deltaw.ops.thin import THIN, thin_add_, thin_back
 
-SIZES = [(1, 16, 2), (7, 18, 3), (64, 576, 16), (300, 30, 48), (513, 100, 17), (256, 1536, 16), (70, 34, THIN)]
+SIZES = [
+    (1, 16, 2),
+    (7, 18, 3),
+    (64, 576, 16),
+    (300, 30, 48),
+    (513, 100, 17),
+    (256, 1536, 16),
+    (70, 34, THIN),
+    (70, 34, THIN + 1),
+]
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -36,7 +45,7 @@ def test_ops_thin_back(path: str, n: int, cols: int, rank: int) -> None:
     assert bool((out[:, -1] == 7).all())
     assert sums is not None
     assert alone is not None
-    near = 2e-6 if path == "avx512_bf16" else 1e-2  # sums in float32, or a product of PyTorch
+    near = 2e-6 if path == "avx512_bf16" and rank <= THIN else 1e-2  # sums in float32, or a product of PyTorch
     for found in (sums, alone):
         torch.testing.assert_close(found, wanted, rtol=0, atol=near * n**0.5 * float(wanted.abs().max()))
 
@@ -72,7 +81,6 @@ def test_ops_thin_sums_do_not_depend_on_the_threads() -> None:
     assert thin_back(g[:0], None, u[:0]).abs().max() == 0
 
 
-@pytest.mark.skipif(not thin_calls.available(), reason="no products of bf16 pairs on this processor")
 def test_ops_thin_refuses_what_it_could_not_read() -> None:
     g, u, factor = drawn(4, 6), drawn(4, 2), drawn(6, 2)
     for wrong in (g.float(), g[:, ::2], g[:3]):

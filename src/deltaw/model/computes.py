@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from deltaw.model.fuse import Plain, fused_hidden, wears, why_plain
 from deltaw.model.host import Run
 from deltaw.model.kinds import NAMES
 from deltaw.model.places import Places
+from deltaw.model.recompute import recomputed_blocks
 from deltaw.model.seq2seq import answer_logits, pack_answer_logits
 from deltaw.model.shift import shifted_documents
 from deltaw.model.virtual import front_of, one_by_one, pack_arguments, padded_logits
@@ -69,38 +71,43 @@ class Computes:
         With activation checkpointing the caller keeps `packed_attention` open through the backward.
         """
         front = self.front()
-        if self.kind == "classify":
-            return pack_label_logits(self.net, front, batch, self.run)
-        if self.kind == "seq2seq":
-            return pack_answer_logits(self.net, front, batch, self.run)
         if (hidden := self._fused(batch, front)) is not None:
             of_head: Tensor = self.net.get_output_embeddings()(hidden)
             return of_head
-        shifted = self._shifted(batch) if self.run.seed is not None else {}
-        if not packs(self.net):
-            return one_by_one(self.net, front, batch)
-        try:
-            with packed_attention(self.net):
-                out = self.net(**pack_arguments(self.net, front, batch), **shifted, use_cache=False)
-        except DocumentsLost:
-            cannot_pack(self.net)
-            return one_by_one(self.net, front, batch)
-        logits: Tensor = out.logits[0]
-        return logits
+        return self._plain_logits(batch, front)
 
     def pack_loss(self, batch: Batch) -> Tensor:
         """The summed negative log-likelihood of a pack's targets: a float32 scalar.
 
         Where blocks are fused and the head is the base's own, no whole matrix of logits is made.
         """
-        hidden = self._fused(batch, self.front()) if self.kind == "causal" else None
-        if hidden is None:
-            return summed_cross_entropy(self.pack_logits(batch), batch.target_ids)
+        front = self.front()
+        if (hidden := self._fused(batch, front)) is None:
+            return summed_cross_entropy(self._plain_logits(batch, front), batch.target_ids)
         head = self.net.get_output_embeddings()
         if wears(head):
             return summed_cross_entropy(head(hidden), batch.target_ids)
         weight = self.places.weights["lm_head"]
         return head_loss(hidden, weight, getattr(head, "bias", None), batch.target_ids, self.arena)
+
+    def _plain_logits(self, batch: Batch, front: Prefix | None) -> Tensor:
+        """`pack_logits` by the model's own code."""
+        with recomputed_blocks(self.net) if self.run.again else nullcontext():
+            if self.kind == "classify":
+                return pack_label_logits(self.net, front, batch, self.run)
+            if self.kind == "seq2seq":
+                return pack_answer_logits(self.net, front, batch, self.run)
+            shifted = self._shifted(batch) if self.run.seed is not None else {}
+            if not packs(self.net):
+                return one_by_one(self.net, front, batch)
+            try:
+                with packed_attention(self.net):
+                    out = self.net(**pack_arguments(self.net, front, batch), **shifted, use_cache=False)
+            except DocumentsLost:
+                cannot_pack(self.net)
+                return one_by_one(self.net, front, batch)
+            logits: Tensor = out.logits[0]
+            return logits
 
     def why_plain(self) -> str | None:
         """Why packs are computed in training by the model's own code, in a few words; None where blocks are fused."""
@@ -115,7 +122,7 @@ class Computes:
 
     def _fused(self, batch: Batch, front: Prefix | None) -> Tensor | None:
         """What the head reads at a pack's targets, by fused blocks; None where the model's own code is to run."""
-        if front is not None or (self.run.seed is not None and self._shifted(batch)):
+        if self.kind != "causal" or front is not None or (self.run.seed is not None and self._shifted(batch)):
             return None
         try:
             return fused_hidden(

@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,9 +61,13 @@ class Arena:
     """Two stacks of buffers: what is kept until the backward, and what is borrowed for a moment.
 
     On other devices than the CPU, and beyond the region, PyTorch's own allocator gives them.
+
+    lock   whoever takes memory holds it until the work that needs `scratch` is done, so that what threads keep lies in
+           stretches of their own, and what one borrows is not another's
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._kept, self._borrowed = _Stack(), _Stack()
         self._live = 0
 
@@ -121,9 +126,10 @@ class Lease:
 
     def end(self) -> None:
         """Give the memory back; the pages stay for the next step. A second call does nothing."""
-        if not self._over:
-            self._over = True
-            self._arena._end(self._start, self._stop)
+        with self._arena.lock:
+            if not self._over:
+                self._over = True
+                self._arena._end(self._start, self._stop)
 
     def __del__(self) -> None:
         self.end()

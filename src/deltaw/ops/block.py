@@ -275,17 +275,18 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, block: Block, pack: Pack, rows: Tensor | None, arena: Arena, mode: Mode, *own: Tensor
     ) -> Tensor:
-        lease = arena.lease()
-        y, attended, fed = _forward(block, x, pack, rows, arena)
-        lease.close()
-        ctx.what = (x.detach(), block, pack, rows, arena)
-        if mode == "keep":
-            ctx.kept = (lease, attended, fed)
+        with arena.lock:
+            lease = arena.lease()
+            y, attended, fed = _forward(block, x, pack, rows, arena)
+            lease.close()
+            ctx.what = (x.detach(), block, pack, rows, arena)
+            if mode == "keep":
+                ctx.kept = (lease, attended, fed)
+                return y
+            y = y.clone()
+            lease.end()
+            ctx.kept = None
             return y
-        y = y.clone()
-        lease.end()
-        ctx.kept = None
-        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -293,19 +294,19 @@ class _Fused(torch.autograd.Function):
             raise RuntimeError("A fused block's backward runs once: what it kept is used up.")
         (x, block, pack, rows, arena), kept = ctx.what, ctx.kept
         ctx.what = ctx.kept = None
-        if kept is None:
-            lease = arena.lease()
-            kept = (lease, *_forward(block, x, pack, rows, arena)[1:])
-            lease.close()
-        lease, attended, fed = kept
         g = grads[0].contiguous()
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        with arena.scratch():
+        with arena.lock, arena.scratch():
+            if kept is None:
+                lease = arena.lease()
+                kept = (lease, *_forward(block, x, pack, rows, arena)[1:])
+                lease.close()
+            lease, attended, fed = kept
             between = arena.borrow(*g.shape, like=g)
             with arena.scratch():
                 of_ffn = _ffn_backward(block.ffn, fed, g, between, arena)
             of_attention = _attention_backward(block.attention, attended, between, pack, rows, dx, arena)
-        lease.end()
+            lease.end()
         return dx, None, None, None, None, None, *of_attention, *of_ffn
 
 

@@ -31,7 +31,7 @@ def head_loss_reference(h: Tensor, weight: Weight, bias: Tensor | None, targets:
 
 def _chunk(h: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor, arena: Arena, dh: Tensor | None) -> Tensor:
     """The summed loss of a few rows; fills their dh."""
-    with arena.scratch():
+    with arena.lock, arena.scratch():
         logits = torch.mm(h, w.T, out=arena.borrow(len(h), len(w), like=h))
         if bias is not None:
             logits += bias

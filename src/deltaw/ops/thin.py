@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deltaw.ops.native import thin_calls
 
-THIN = 64
-"""Ranks up to which the compiled form is the faster one; beyond, a product is not thin."""
+THIN = 48
+"""Ranks up to which the compiled form is the faster one (docs/log.md); beyond, a product is not thin."""
 
 
 def thin_back(

@@ -10,7 +10,6 @@ from deltaw.data.pack import collate, split_micro
 from deltaw.data.template import Example
 from deltaw.model.attention import packed_attention, packs
 from deltaw.model.model import Model
-from deltaw.model.recompute import recomputed_blocks
 from deltaw.train.loss import Loss
 
 _SEEDS = 2**42  # hosts multiply by a million and add strides of documents
@@ -40,14 +39,9 @@ def step_gradient(
             pack = tuple((i, lengths[i], examples[i].n_targets) for i in micro)
             model.run.pack = pack if packs(model.net) or model.kind != "causal" else None
             model.run.again = checkpointing
-            with packed_attention(model.net):
-                if checkpointing and model.why_plain() is not None:
-                    with recomputed_blocks(model.net):
-                        part = loss(model, batch) / n_targets
-                        part.backward()
-                else:
-                    part = loss(model, batch) / n_targets
-                    part.backward()
+            with packed_attention(model.net):  # through the backward, where blocks may be computed again
+                part = loss(model, batch) / n_targets
+                part.backward()
             total += float(part.detach())
             n_tokens += batch.n_tokens
     finally:
