@@ -7,8 +7,8 @@ that is as accurate on both tasks at less memory, time or size, on several seeds
 
 Each method trains with its default learning rate through `deltaw train` in a process of its own and is judged by
 `deltaw eval`: the task's exact matches, general questions (data/general_mcq) and the perplexity of Wikipedia text. Rows
-go to bench/results/methods.jsonl, the table to README.md and docs/methods/index.md, between their marks.
-`--table` writes the tables from the rows that are there.
+go to bench/results/methods.jsonl; the table goes to README.md and docs/methods/index.md, between their marks, with
+exact matches, general questions and perplexity as bench_quality.py found them over seeds. `--table` writes only tables.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_quality import RESULTS as QUALITY
+from bench_quality import first, newest, spread
 from method_settings import LORA_LIKE, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,28 +133,27 @@ def rows_there() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def table() -> str:
-    """The newest rows as Markdown; each cell of two numbers is supersense, then address_json."""
-    rows = rows_there()
+    """What each method costs, by the newest rows, beside how good it is over seeds (bench_quality.py's rows)."""
+    rows, judged_rows = rows_there(), newest(QUALITY)
     lines = [
-        "| method | trains | supersense | address_json | seconds | peak memory, MB | file, MB | general questions | "
-        "wiki perplexity | mergeable |",
+        "| method | trains | supersense | address_json | general questions | wiki perplexity | seconds | "
+        "peak memory, MB | file, MB | mergeable |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label in ("base", *METHODS):
-        there = {task: rows[label, task] for task in TASKS if (label, task) in rows}
-        if not there:
+        there = [rows[label, task] for task in TASKS if (label, task) in rows]
+        good = [[r for k, r in judged_rows.items() if k[:3] == ("methods", label, task)] for task in TASKS]
+        if not there or not any(good):
             continue
-        every = list(there.values())
         trained = label != "base"
         cells = [
             label,
-            f"{every[0]['trainable_percent']:.3g} %" if trained else "",
-            *(f"{there[task]['exact']:.3f}" if task in there else "not run" for task in TASKS),
-            ", ".join(f"{row['train_seconds']:.0f}" for row in every) if trained else "",
-            f"{max(row['peak_rss_mb'] for row in every):,.0f}" if trained else "",
-            f"{every[0]['size_mb']:.3g}" if trained else "",
-            ", ".join(f"{row['general']:.3f}" for row in (every if trained else every[:1])),
-            ", ".join(f"{row['wiki']:.1f}" for row in (every if trained else every[:1])),
+            f"{there[0]['trainable_percent']:.3g} %" if trained else "",
+            *map(spread, good),
+            *(first(good, name, form) for name, form in (("general", "{:.3f}"), ("wiki", "{:.1f}"))),
+            ", ".join(f"{row['train_seconds']:.0f}" for row in there) if trained else "",
+            f"{max(row['peak_rss_mb'] for row in there):,.0f}" if trained else "",
+            f"{there[0]['size_mb']:.3g}" if trained else "",
             _merged(METHODS[label]["adapter"]) if trained else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -286,3 +286,14 @@ def test_the_kernel_refuses_what_it_could_not_read_safely():
     ):
         with pytest.raises(ShapeError):
             attention_calls.attend(*bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in CASES if c[3] % 8 == 0 and 0 not in c[0]], ids=str)
+def test_attention_on_a_gpu_is_its_reference(case):
+    bounds, rows = made(case, torch.bfloat16)
+    wanted = all_of(bounds, [t.double() for t in rows], 0.3, case[4])
+    there = [t.cuda() for t in rows]
+    assert suits(*there[:3], 0.3)
+    for found, exact in zip(all_of(bounds, there, 0.3, case[4]), wanted, strict=True):  # o, lse, dq, dk, dv
+        assert float((found.cpu().double() - exact).norm() / exact.norm().clamp(min=1e-3)) < 1e-2

@@ -154,6 +154,8 @@ def test_exact_ignores_space_around_answers_and_knows_empty_ones(learned: Model)
 class Saying(Model):
     """A model whose greedy answers are given texts: the next letter of the text that goes with the prompt."""
 
+    device = torch.device("cpu")
+
     def __init__(self, inner: Model, says: dict[str, str]) -> None:
         super().__init__(inner.net, inner.tokenizer)
         tokenizer, end = inner.tokenizer, inner.tokenizer.eos_token_id

@@ -16,6 +16,7 @@ FormatOption = Annotated[str, typer.Option(help="dense: as the base has it; nf4,
 BlockOption = Annotated[int, typer.Option(help="Of a quantised format: values that share a scale.")]
 DoubleOption = Annotated[bool, typer.Option("--double-quant", help="Of a quantised format: scales in 8 bits too.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, ..., or auto: bfloat16 where the CPU has it.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, or cuda:N.")]
 
 
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
     format: FormatOption = "dense",
     block: BlockOption = 64,
     double_quant: DoubleOption = False,
+    device: DeviceOption = "cpu",
     template: Annotated[str | None, typer.Option(help="plain or chat; the adapter's own by default.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest document, in tokens.")] = 2048,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
@@ -57,7 +59,7 @@ def evaluate(
     own = labels_for(base, adapter, names)
     if names and not own and metric != "choice":
         say(f"note: --labels is for metric choice and for encoders; metric {metric} does not look at it")
-    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own)
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own, device=device)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     result = evaluate_rows(

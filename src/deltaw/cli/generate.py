@@ -12,6 +12,7 @@ from deltaw.cli.eval import (
     AdapterOption,
     BaseOption,
     BlockOption,
+    DeviceOption,
     DoubleOption,
     DtypeOption,
     FormatOption,
@@ -34,6 +35,7 @@ def generate(
     format: FormatOption = "dense",
     block: BlockOption = 64,
     double_quant: DoubleOption = False,
+    device: DeviceOption = "cpu",
     allow_other_base: OtherBaseOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
@@ -48,7 +50,7 @@ def generate(
 
     say = partial(typer.echo, err=True)
     own = labels_for(base, adapter, None)
-    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own)
+    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own, device=device)
     if adapter is not None:
         model.attach(adapter, allow_other_base=allow_other_base)
     row = Row(prompt=prompt, completion="", source="the prompt,")

@@ -20,7 +20,7 @@ class Batch:
 
     input_ids    [T]      tokens of all documents, one document after the other
     positions    [T]      position of each token in its document, from 0
-    bounds       [D + 1]  document d is [bounds[d], bounds[d + 1])
+    bounds       [D + 1]  document d is [bounds[d], bounds[d + 1]); always on the CPU
     predict_at   [n]      row i predicts target_ids[i]: the place in `input_ids` just before the target
     target_ids   [n]
     """
@@ -30,6 +30,13 @@ class Batch:
     bounds: Tensor
     predict_at: Tensor
     target_ids: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tokens and targets on `device`; itself where they are there, or to be traced (meta)."""
+        if self.input_ids.device == device or device.type == "meta":
+            return self
+        ids, positions = self.input_ids.to(device), self.positions.to(device)
+        return Batch(ids, positions, self.bounds, self.predict_at.to(device), self.target_ids.to(device))
 
     @property
     def n_tokens(self) -> int:

@@ -132,7 +132,7 @@ class BlockwiseWeight(nn.Module):
 
     def columns(self, ids: Tensor) -> Tensor:
         """Columns of W named by `ids` [...]: [..., out]."""
-        return F.embedding(ids, self.dense(self.dtype).T)
+        return F.embedding(ids.to(self.codes.device), self.dense(self.dtype).T)
 
     def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
         """W dequantised, [out, in], in `room()` if that is given."""

@@ -64,7 +64,7 @@ class DenseWeight(nn.Module):
 
     def columns(self, ids: Tensor) -> Tensor:
         """Columns of W named by `ids` [...]: [..., out]."""
-        return F.embedding(ids, self.stored if self.transposed else self.stored.T)
+        return F.embedding(ids.to(self.stored.device), self.stored if self.transposed else self.stored.T)
 
     def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
         """W as [out, in] of `dtype`; its own memory where that is its dtype."""

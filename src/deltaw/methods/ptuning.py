@@ -92,7 +92,8 @@ class PTuning(Virtual):
                 keep = torch.rand(y.shape, generator=rng) >= self.dropout
                 y = y * keep.to(y).div_(1 - self.dropout)
             zero = y.new_zeros(2, 1, weights[1].shape[1])
-            y = torch.lstm(y, (zero, zero), weights, True, 1, 0.0, False, True, True)[0]
+            with torch.backends.cudnn.flags(enabled=False):  # cuDNN has a backward for modules in training mode only
+                y = torch.lstm(y, (zero, zero), weights, True, 1, 0.0, False, True, True)[0]
         return y.squeeze(0)
 
     def to_peft(self, sites: list[VirtualSite]) -> dict[str, Any]:

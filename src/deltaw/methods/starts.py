@@ -30,7 +30,7 @@ def lost(source: Tensor, quantised: Tensor, rank: int, scale: float) -> Factors:
 
     One round, since the base stays the plain quantised one, which other adapters share.
     """
-    return principal(source.float() - quantised.float(), rank, scale)
+    return principal(source.to(quantised.device).float() - quantised.float(), rank, scale)
 
 
 def explained(directions: Tensor, rank: int) -> Tensor:

@@ -57,6 +57,22 @@ class Attachment:
         still = {id(t) for params in held for p, t in params.items() if p in fixed}
         return {n: t for n, t in self.tensors().items() if id(t) not in still}
 
+    def to(self, device: torch.device) -> None:
+        """Hold every tensor on `device`; what trains stays a leaf."""
+        moved: dict[int, Tensor] = {}
+
+        def there(t: Tensor) -> Tensor:
+            if t.device == device:
+                return t
+            if id(t) not in moved:
+                moved[id(t)] = t.detach().to(device).requires_grad_(t.requires_grad)
+            return moved[id(t)]
+
+        self.sites = {s: {p: there(t) for p, t in params.items()} for s, params in self.sites.items()}
+        self.shared = {p: there(t) for p, t in self.shared.items()}
+        self.swaps = {n: there(t) for n, t in self.swaps.items()}
+        self.rows = {n: (ids.to(device), there(value)) for n, (ids, value) in self.rows.items()}
+
     def at(self, site: str) -> Params:
         """What `lower` takes at a site: its parameters and the shared ones."""
         return {**self.shared, **self.sites[site]}

@@ -64,8 +64,11 @@ class Documents:
     in_order: bool
 
     @classmethod
-    def of(cls, bounds: Tensor) -> Documents:
-        """From document bounds [D + 1], the first 0 and the last T. A pack sorted by length needs no shuffling."""
+    def of(cls, bounds: Tensor, device: torch.device | None = None) -> Documents:
+        """From document bounds [D + 1] on the CPU, the first 0 and the last T; for tokens on `device`.
+
+        A pack sorted by length needs no shuffling.
+        """
         starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
         sizes = lengths.tolist()
         order = sorted(range(len(sizes)), key=lambda d: (sizes[d], d))
@@ -75,7 +78,7 @@ class Documents:
             first = len(order) - 1
             while first and sizes[order[first - 1]] * _SLACK + 8 >= longest:
                 first -= 1
-            groups.append(_group(starts[order[first:]], lengths[order[first:]], longest))
+            groups.append(_group(starts[order[first:]], lengths[order[first:]], longest, device))
             order = order[:first]
         groups.reverse()
         ends = [0]
@@ -85,14 +88,14 @@ class Documents:
         return cls(int(bounds[-1]), bounds, tuple(groups), in_order)
 
 
-def _group(starts: Tensor, lengths: Tensor, longest: int) -> Group:
+def _group(starts: Tensor, lengths: Tensor, longest: int, device: torch.device | None) -> Group:
     step = torch.arange(longest)
     is_real = step[None, :] < lengths[:, None]
     real = is_real.reshape(-1).nonzero().squeeze(1)
     put = (starts[:, None] + step[None, :]).reshape(-1)[real]
     first = int(put[0])
     follows = bool((put == torch.arange(first, first + len(put))).all())
-    return Group(len(starts), longest, real, put, first if follows else None)
+    return Group(len(starts), longest, real.to(device), put.to(device), first if follows else None)
 
 
 class _Spread(torch.autograd.Function):

@@ -27,9 +27,20 @@ def has_fast_bfloat16() -> bool:
     return bool(check and check())
 
 
-def best_dtype(trains_base: bool = False) -> str:
-    """What dtype "auto" means here: bfloat16 where the CPU has it, else float32; float32 for full fine-tuning."""
-    return "bfloat16" if has_fast_bfloat16() and not trains_base else "float32"
+def best_dtype(trains_base: bool = False, device: str = "cpu") -> str:
+    """What dtype "auto" means: bfloat16 where the CPU or the GPU has it, else float32; float32 for full fine-tuning."""
+    fast = has_fast_bfloat16() if torch.device(device).type == "cpu" else torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast and not trains_base else "float32"
+
+
+def check_device(device: str) -> None:
+    """Raise BaseError unless `device` ("cpu", "cuda", "cuda:1") is one that this machine can compute on."""
+    kind, _, number = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or not (number == "" or (kind == "cuda" and number.isdecimal())):
+        raise BaseError(f"unknown device {device!r}.\n  Known: cpu, cuda, and cuda:N for the GPU numbered N.")
+    if kind == "cuda" and not (torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()):
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU that PyTorch can use"
+        raise BaseError(f"device {device!r} is not there: found {found}.\n  Use cpu, or install a CUDA build of torch.")
 
 
 def labels_for(base: str | Path, adapter: str | Path | None, given: Sequence[str] | None) -> list[str] | None:
@@ -66,6 +77,7 @@ def load_base(
     double_quant: bool = False,
     labels: str | Path | Sequence[str] | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Model:
     """Load a base model to attach adapters to.
 
@@ -78,12 +90,14 @@ def load_base(
     labels  what a text classifier chooses from, or a JSON file with the list: an encoder gets a fresh head for them.
             None: as the folder's head has them; encoder-decoders and causal language models have none
     seed    of a fresh head
+    device  "cpu", "cuda" or "cuda:N": where the base is kept and computes. It is loaded on the CPU first
 
     Raises BaseError, DataError for labels that are no list of two or more.
     """
     dtype = str(dtype).removeprefix("torch.")
     if not isinstance(path, str | Path):
         raise BaseError(f"A base is a path or a name, not {type(path).__name__}.")
+    check_device(device)
     if format not in FORMATS:
         raise BaseError(f"Unknown format {format!r}.{near(format, FORMATS)} Known: {', '.join(FORMATS)}.")
     how = Format(format, block, double_quant) if format in QUANTISED else None
@@ -93,13 +107,13 @@ def load_base(
     folder = resolve_base(path, say=say)
     with ThreadPoolExecutor(1) as aside:  # hashing reads the same pages that loading reads
         fingerprint = aside.submit(fingerprint_folder, folder)
-        net = load_transformers(folder, best_dtype() if dtype == "auto" else dtype, how, labels, seed)
+        net = load_transformers(folder, best_dtype(device=device) if dtype == "auto" else dtype, how, labels, seed)
         found = fingerprint.result()
     if weights := list(frozen_weights(net).values()):
         first = weights[0]
         kept = Format(first.name, first.block, first.double_quant)
         found = found.model_copy(update={"format": str(kept)})
-    model = Model(net, load_tokenizer(folder), found, folder)
+    model = Model(net.to(device), load_tokenizer(folder), found, folder)
     if how is not None and folder_format(folder) is None:
         model.originals = originals(folder, model.places.sites, net.base_model_prefix)
     return model

@@ -56,7 +56,7 @@ def padded(rows: Sequence[Tensor], pad: int | None) -> tuple[Tensor, Tensor | No
     longest = max(len(row) for row in rows)
     if all(len(row) == longest for row in rows):
         return torch.stack(list(rows)), None
-    ids = torch.full((len(rows), longest), 0 if pad is None else pad, dtype=torch.long)
+    ids = rows[0].new_full((len(rows), longest), 0 if pad is None else pad)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
@@ -100,7 +100,8 @@ def label_scores(model: Model, texts: Sequence[Sequence[int]], batch_size: int =
     scores: dict[int, Tensor] = {}
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        ids, mask = padded([torch.tensor(texts[i]) for i in part], model.net.config.pad_token_id)
-        logits = label_logits(model.net, front, ids, mask).float().log_softmax(-1)
+        rows = [torch.tensor(texts[i], device=model.device) for i in part]
+        ids, mask = padded(rows, model.net.config.pad_token_id)
+        logits = label_logits(model.net, front, ids, mask).float().log_softmax(-1).cpu()
         scores |= dict(zip(part, logits, strict=True))
     return torch.stack([scores[i] for i in range(len(texts))])

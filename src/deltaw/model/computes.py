@@ -39,6 +39,12 @@ class Computes:
     adapters: dict[str, Attachment]
     arena: Arena
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base's weights are, and where everything is computed."""
+        device: torch.device = self.net.device
+        return device
+
     def front(self) -> Prefix | None:
         """The vectors in front of the sequence that the adapter in use has, in the base's dtype; None without."""
         return front_of((self.adapters[name] for name in self.run.use), self.places, self.net, self.run.seed)
@@ -55,14 +61,17 @@ class Computes:
     ) -> Tensor:
         """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab].
 
-        A classifier gives [batch, labels]; an encoder-decoder [batch, m, vocab] for decoder_input_ids [batch, m].
+        A classifier gives [batch, labels]; an encoder-decoder [batch, m, vocab] for decoder_input_ids [batch, m]. Ids
+        may be on any device; logits are on the base's.
         """
+        input_ids = input_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if self.kind == "classify":
             return label_logits(self.net, self.front(), input_ids, attention_mask)
         if self.kind == "seq2seq":
             if decoder_input_ids is None:
                 raise SpecError("An encoder-decoder computes logits of an answer: pass decoder_input_ids too.")
-            return answer_logits(self.net, self.front(), input_ids, decoder_input_ids, attention_mask)
+            return answer_logits(self.net, self.front(), input_ids, decoder_input_ids.to(self.device), attention_mask)
         return padded_logits(self.net, self.front(), input_ids, attention_mask)
 
     def pack_logits(self, batch: Batch) -> Tensor:
@@ -70,7 +79,7 @@ class Computes:
 
         With activation checkpointing the caller keeps `packed_attention` open through the backward.
         """
-        front = self.front()
+        front, batch = self.front(), batch.to(self.device)
         if (hidden := self._fused(batch, front)) is not None:
             of_head: Tensor = self.net.get_output_embeddings()(hidden)
             return of_head
@@ -81,7 +90,7 @@ class Computes:
 
         Where blocks are fused and the head is the base's own, no whole matrix of logits is made.
         """
-        front = self.front()
+        front, batch = self.front(), batch.to(self.device)
         if (hidden := self._fused(batch, front)) is None:
             return summed_cross_entropy(self._plain_logits(batch, front), batch.target_ids)
         head = self.net.get_output_embeddings()
@@ -139,7 +148,7 @@ class Computes:
     def _shifted(self, batch: Batch) -> dict[str, Any]:
         """How attention is cut in a training step, for a method that does so. Raises AdapterError where it cannot."""
         for made in (self.adapters[name] for name in self.run.use):
-            if (groups := shifted_documents(batch.bounds, made.spec.groups)) is not None:
+            if (groups := shifted_documents(batch.bounds, made.spec.groups, self.device)) is not None:
                 if not packs(self.net):
                     raise AdapterError(f"{type(self.net).__name__} computes attention by itself: it cannot be cut.")
                 return {"shifted": groups}

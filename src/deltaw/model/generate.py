@@ -121,7 +121,7 @@ def _batch(
 ) -> None:
     """Fill `answers` for the prompts numbered `rows`, padded on the left."""
     longest = max(len(prompts[i]) for i in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=model.device)
     mask = torch.zeros_like(ids)
     for r, i in enumerate(rows):
         ids[r, longest - len(prompts[i]) :] = torch.tensor(prompts[i], dtype=torch.long)
@@ -142,7 +142,7 @@ def _batch(
             return
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         if len(keep) < len(rows):
-            index = torch.tensor(keep)
+            index = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(index)
             ids, positions, mask = ids[index], positions[index], mask[index]
             rows = [rows[r] for r in keep]
@@ -161,4 +161,4 @@ def _choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
         beyond[..., 0] = False  # the likeliest token always stays
         probs = torch.zeros_like(probs).scatter(-1, where, ranked.masked_fill(beyond, 0.0))
-    return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
+    return torch.multinomial(probs.cpu(), 1, generator=rng).squeeze(-1).to(logits.device)  # one stream on any device

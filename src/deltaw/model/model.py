@@ -131,6 +131,7 @@ class Model(Computes):
                     tensor.data = tensor.data.float()  # training is in float32 whatever the file held
             for tensor in made.parameters().values():
                 tensor.requires_grad_(trainable)
+        made.to(self.device)
         self.adapters[name] = made
         self._installed.install(name, made)
         try:
@@ -226,6 +227,7 @@ class Model(Computes):
             raise AdapterError(f"Adapter {name!r} is not trainable or has added tokens already.")
         ids = self._take_tokens(tuple(tokens))
         made.rows |= add_rows(ids, self.net, self._base_tensors, self.places)
+        made.to(self.device)
         made.spec = made.spec.model_copy(update={"new_tokens": (*made.spec.new_tokens, *tokens)})
         self._installed.install_rows(name, made)
         return ids

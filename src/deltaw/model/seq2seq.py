@@ -56,10 +56,10 @@ def pack_answer_logits(net: PreTrainedModel, front: Prefix | None, batch: Batch,
     run  is told how long the rows are, so that dropout of a document does not depend on the others
     """
     bounds = batch.bounds.tolist()
-    owner = torch.searchsorted(batch.bounds, batch.predict_at, right=True) - 1
+    owner = torch.searchsorted(batch.bounds, batch.predict_at.cpu(), right=True) - 1
     counts = torch.bincount(owner, minlength=batch.n_docs).tolist()
     sources, answers = [], []
-    first = torch.tensor([start_token(net)])
+    first = torch.tensor([start_token(net)], device=batch.input_ids.device)
     for start, end, n in zip(bounds[:-1], bounds[1:], counts, strict=True):
         sources.append(batch.input_ids[start : end - n])
         answers.append(torch.cat([first, batch.input_ids[end - n : end]])[:n])
@@ -70,7 +70,7 @@ def pack_answer_logits(net: PreTrainedModel, front: Prefix | None, batch: Batch,
     logits = answer_logits(net, front, ids, decoder_ids, mask)
     longest = decoder_ids.shape[1]
     real = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(counts)])
-    return logits.reshape(-1, logits.shape[-1]).index_select(0, real)
+    return logits.reshape(-1, logits.shape[-1]).index_select(0, real.to(logits.device))
 
 
 # Token by token ------------------------------------------------------------------------------------
@@ -106,12 +106,14 @@ def _batch(
     how: Answering,
 ) -> None:
     """Fill `answers` for the prompts numbered `rows`; finished ones leave the batch."""
-    ids, mask = padded([torch.tensor(prompts[i], dtype=torch.long) for i in rows], net.config.pad_token_id)
+    device = net.device
+    given_ids = [torch.tensor(prompts[i], dtype=torch.long, device=device) for i in rows]
+    ids, mask = padded(given_ids, net.config.pad_token_id)
     given: dict[str, Any] = encoder_arguments(net, front, ids, mask)
     mask = given.get("attention_mask")
     states = net.get_encoder()(**given).last_hidden_state
     cache = decoder_cache(net, front, len(rows), grows=True)
-    last = torch.full((len(rows), 1), start_token(net))
+    last = torch.full((len(rows), 1), start_token(net), device=device)
     for number in range(how.most):
         out = net(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -131,7 +133,7 @@ def _batch(
             return
         last = chosen[:, None]
         if len(keep) < len(rows):
-            index = torch.tensor(keep)
+            index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             last, states = last[index], states[index]
             mask = None if mask is None else mask[index]

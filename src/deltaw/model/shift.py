@@ -14,10 +14,12 @@ from deltaw.model.attention import Documents
 Cut = Callable[[int], Groups | None]
 
 
-def shifted_documents(bounds: Tensor, cut: Cut) -> tuple[Documents, Documents] | None:
+def shifted_documents(
+    bounds: Tensor, cut: Cut, device: torch.device | None = None
+) -> tuple[Documents, Documents] | None:
     """A pack's documents cut into groups, and into groups moved by half of one; None where none is cut.
 
-    bounds  [D + 1] of the documents;  cut: a document's length -> its groups
+    bounds  [D + 1] of the documents, whose tokens are on `device`;  cut: a document's length -> its groups
     """
     plain: list[int] = [0]
     moved: list[int] = [0]
@@ -32,4 +34,4 @@ def shifted_documents(bounds: Tensor, cut: Cut) -> tuple[Documents, Documents] |
         moved.append(end)
     if not is_cut:
         return None
-    return Documents.of(torch.tensor(plain)), Documents.of(torch.tensor(moved))
+    return Documents.of(torch.tensor(plain), device), Documents.of(torch.tensor(moved), device)

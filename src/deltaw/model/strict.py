@@ -28,12 +28,8 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     """
     spec = adapter.spec if adapter.fingerprint is not None else _as_peft_meant(adapter, places)
     problems: list[str] = []
-    attachment = Attachment(
-        spec,
-        overrides=dict(adapter.overrides),
-        fingerprint=adapter.fingerprint,
-        provenance=dict(adapter.provenance),
-    )
+    told = {"fingerprint": adapter.fingerprint, "provenance": dict(adapter.provenance)}
+    attachment = Attachment(spec, overrides=dict(adapter.overrides), **told)
     try:
         targeted = set(places.chosen(spec))
         swaps, owned = swapped(spec, places), owners(spec, places)
@@ -48,6 +44,9 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
             attachment.sites[name] = {p: t.detach().clone() for p, t in params.items()}
     if not spec.shared_is_saved and attachment.places:
         attachment.shared = spec.init_shared(list(attachment.places.values()), torch.Generator().manual_seed(0))
+    device = next(iter(base_tensors.values())).device
+    if device.type != "meta":  # that of a base which is only read
+        attachment.to(device)
     problems += _misfit_shared(attachment)
     unknown = [name for name in adapter.sites if name not in attachment.sites]
     if unknown:
@@ -76,7 +75,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
             attachment.rows[r.tensor] = (torch.tensor(r.rows, dtype=torch.long), r.value.detach().clone())
         elif r.value.shape != base.shape:
             problems.append(f"{r.tensor} has shape {tuple(r.value.shape)}, this model's is {tuple(base.shape)}")
-        elif r.tensor in swaps or not torch.equal(r.value.to(base.dtype), base):  # PEFT saves unchanged embeddings
+        elif r.tensor in swaps or not torch.equal(r.value.to(base), base):  # PEFT saves unchanged embeddings
             attachment.swaps[r.tensor] = r.value.detach().clone()
     if problems:
         raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")

@@ -134,7 +134,7 @@ def pack_arguments(net: PreTrainedModel, front: Prefix | None, batch: Batch) -> 
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.positions[None] + before if before else batch.positions[None],
-        "documents": Documents.of(batch.bounds),
+        "documents": Documents.of(batch.bounds, batch.input_ids.device),
         "logits_to_keep": batch.predict_at,
         **({"front": front} if before else {}),
     }
@@ -142,7 +142,7 @@ def pack_arguments(net: PreTrainedModel, front: Prefix | None, batch: Batch) -> 
 
 def _among_inputs(batch: Batch, vectors: Tensor, net: PreTrainedModel) -> dict[str, Any]:
     """The pack with the vectors [n, width] as tokens of their own at the start of each document."""
-    n, n_docs = len(vectors), batch.n_docs
+    n, n_docs, device = len(vectors), batch.n_docs, batch.input_ids.device
     bounds = batch.bounds + n * torch.arange(n_docs + 1)
     shift = n * torch.arange(1, n_docs + 1)
     at = torch.arange(batch.n_tokens) + shift.repeat_interleave(batch.bounds.diff())  # of each token
@@ -152,10 +152,10 @@ def _among_inputs(batch: Batch, vectors: Tensor, net: PreTrainedModel) -> dict[s
     size = int(bounds[-1])
     positions = torch.arange(size) - bounds[:-1].repeat_interleave(bounds.diff())
     return {
-        "inputs_embeds": spread(rows, torch.cat([starts.reshape(-1), at]), size)[None],
-        "position_ids": positions[None],
-        "documents": Documents.of(bounds),
-        "logits_to_keep": at[batch.predict_at],
+        "inputs_embeds": spread(rows, torch.cat([starts.reshape(-1), at]).to(device), size)[None],
+        "position_ids": positions.to(device)[None],
+        "documents": Documents.of(bounds, device),
+        "logits_to_keep": at.to(device)[batch.predict_at],
     }
 
 
@@ -197,7 +197,7 @@ def first_arguments(
     embeds = net.get_input_embeddings()(ids)
     embeds = torch.cat([inputs_of(front).to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
     n_pads = (mask == 0).sum(1, keepdim=True)
-    place = torch.arange(n + ids.shape[1]).expand(rows, -1)
+    place = torch.arange(n + ids.shape[1], device=ids.device).expand(rows, -1)
     place = torch.where(place < n_pads, place + n, torch.where(place < n_pads + n, place - n_pads, place))
     embeds = embeds.gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
     grown = grown.gather(1, place)

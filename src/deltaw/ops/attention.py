@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import ShapeError
+from deltaw.ops import cuda
 from deltaw.ops.native import attention_calls, library
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> bool:
-    """Whether the compiled form computes this: float32 or bfloat16, at most 256 features, no softcap, on a CPU.
+    """Whether a form without score matrices computes this, no softcap, at most 256 features: the compiled one on a CPU
+    (float32 or bfloat16), PyTorch's flash attention on a GPU (16 bits).
 
     On the meta device it stands for what a CPU would do.
     """
+    return cuda.suits_flash(q, k, v, softcap) or _suits_native(q, k, v, scale, softcap)
+
+
+def _suits_native(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> bool:
     dtypes, kinds = {t.dtype for t in (q, k, v)}, {t.device.type for t in (q, k, v)}
     fits = k.shape == v.shape and q.shape[-1] == k.shape[-1] <= attention_calls.WIDEST and softcap is None and scale > 0
     known = dtypes in ({torch.float32}, {torch.bfloat16}) and kinds in ({"cpu"}, {"meta"})
@@ -51,8 +57,11 @@ def attend(
     Online softmax: Milakov and Gimelshein, arXiv:1805.02867; tiles: Dao et al., arXiv:2205.14135.
     """
     _check(q, k, v)
-    if not suits(q, k, v, scale, softcap):
-        o, lse = attend_reference(q, k, v, bounds, scale, window=window, softcap=softcap)
+    if not _suits_native(q, k, v, scale, softcap):
+        if cuda.suits_flash(q, k, v, softcap):
+            o, lse = cuda.flash(q, k, v, bounds, scale, window)
+        else:
+            o, lse = attend_reference(q, k, v, bounds, scale, window=window, softcap=softcap)
         return (o if out is None else out.copy_(o)), lse
     o = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -84,8 +93,11 @@ def attend_backward(
     gradients are written. It may not overlap them in another way. Dao et al., arXiv:2205.14135, section B.2.
     """
     _check(q, k, v)
-    if not suits(q, k, v, scale, softcap):
-        found = attend_backward_reference(g, q, k, v, o, lse, bounds, scale, window=window, softcap=softcap)
+    if not _suits_native(q, k, v, scale, softcap):
+        if cuda.suits_flash(q, k, v, softcap):
+            found = cuda.flash_backward(g, (q, k, v, o), lse, bounds, scale, window)
+        else:
+            found = attend_backward_reference(g, q, k, v, o, lse, bounds, scale, window=window, softcap=softcap)
         if out is None:
             return found
         for place, gradient in zip(out, found, strict=True):

@@ -1,7 +1,8 @@
-"""The products of `ops.blockwise` on a GPU: bitsandbytes' kernels on the same bytes. Optional: imported when called.
+"""What runs on a GPU by other kernels than plain PyTorch's: products of `ops.blockwise`, and attention over a pack.
 
-NF4 and FP4 take its fused 4-bit product, 8 bits its blockwise dequantise and a dense product. Other levels (int4) take
-plain PyTorch on the device.
+Products are bitsandbytes' kernels on the same bytes, imported when called: NF4 and FP4 take its fused 4-bit product, 8
+bits its blockwise dequantise and a dense product. Other levels (int4) take plain PyTorch on the device. Attention in 16
+bits is PyTorch's flash attention over documents of unlike length.
 """
 
 from __future__ import annotations
@@ -68,3 +69,62 @@ def _quant_type(table: tuple[float, ...]) -> str | None:
 
     known = {kind: tuple(get_4bit_type(kind, device="cpu").tolist()) for kind in ("nf4", "fp4")}
     return next((kind for kind, levels in known.items() if levels == table), None)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+_POSITIONAL = {"_flash_attention_forward": 10, "_flash_attention_backward": 14}
+
+
+@lru_cache(maxsize=1)
+def _flash_is_known() -> bool:
+    """Whether this PyTorch's operators of flash attention, which are not public, take what `flash` gives them."""
+    for name, wanted in _POSITIONAL.items():
+        op = getattr(torch.ops.aten, name, None)
+        if op is None or sum(not a.kwarg_only for a in op.default._schema.arguments) != wanted:
+            return False
+    return True
+
+
+def suits_flash(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
+    """Whether `flash` computes this: 16-bit floats, at most 256 features in eights, no softcap, Ampere or newer."""
+    return (
+        q.is_cuda
+        and {q.dtype, k.dtype, v.dtype} in ({torch.bfloat16}, {torch.float16})
+        and k.shape == v.shape
+        and q.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
+        and softcap is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and _flash_is_known()
+    )
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """(o [T, H, D], lse float32 [H, T]) of `ops.attention.attend`, by PyTorch's flash attention over documents."""
+    at, longest = _documents(bounds, q)
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, at, at, longest, longest, 0.0, True, False, scale=scale, **_seen(window)
+    )
+    return o, lse
+
+
+def flash_backward(
+    g: Tensor, rows: tuple[Tensor, ...], lse: Tensor, bounds: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `ops.attention.attend_backward`; rows: q, k, v, o. Sums of dq are in no fixed order."""
+    q, k, v, o = rows
+    at, longest = _documents(bounds, q)
+    state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        g, q, k, v, o, lse, at, at, longest, longest, 0.0, True, state, unused, scale=scale, **_seen(window)
+    )
+    return found
+
+
+def _documents(bounds: Tensor, q: Tensor) -> tuple[Tensor, int]:
+    return bounds.to(q.device, torch.int32), int(bounds.diff().max())
+
+
+def _seen(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": max(1, window) - 1, "window_size_right": 0}

@@ -33,7 +33,7 @@ def row_norms(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """
     squares = weight.row_squares()
     wide = squares.dtype
-    a, b = A.to(wide), B.to(wide)
+    a, b = A.to(squares.device, wide), B.to(squares.device, wide)
     cross = weight.mul(a if wide == torch.float64 else a.to(weight.dtype)).T.to(wide)
     change = torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale * scale)
     limits = torch.finfo(wide)

@@ -206,7 +206,8 @@ def log_likelihoods(model: Model, examples: Sequence[Example]) -> list[float]:
         chosen = [examples[i] for i in micro]
         batch = collate(chosen)
         for part, logits in _by_rows(model.pack_logits(batch)):
-            scores = logits.float().log_softmax(-1).gather(1, batch.target_ids[part, None]).squeeze(1)
+            targets = batch.target_ids[part, None].to(logits.device)
+            scores = logits.float().log_softmax(-1).gather(1, targets).squeeze(1).cpu()
             owner = torch.searchsorted(batch.bounds, batch.predict_at[part], right=True) - 1
             for doc, score in zip(owner.tolist(), scores.double().tolist(), strict=True):
                 sums[micro[doc]] += score

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deltaw.core.spec import MethodSpec
 from deltaw.data.spec import DataSpec
@@ -26,6 +26,7 @@ class BaseSpec(BaseModel):
 
     format               of its linear maps: dense (as the folder has them), or nf4, fp4, int4, int8 (quantised on load)
     block, double_quant  of a quantised format: values that share a scale; scales in 8 bits too
+    device               cpu, cuda, or cuda:N: where the run computes
     """
 
     model_config = _STRICT
@@ -35,6 +36,7 @@ class BaseSpec(BaseModel):
     block: int = 64
     double_quant: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
 
     @model_validator(mode="after")
     def _format_exists(self) -> BaseSpec:
@@ -194,6 +196,12 @@ class Recipe(BaseModel):
             lr = RATES.get(self.train.optimizer.name, self.adapter.rate)
             train = self.train.model_copy(update={"lr": lr})
             object.__setattr__(self, "train", train)
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_of_the_cpu(self) -> Recipe:
+        if self.budget is not None and self.base.device != "cpu":
+            raise ValueError("budget plans the memory of a run on the CPU; remove budget, or base.device")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from deltaw.data.source import Row, data_hash, read_rows
 from deltaw.data.task import given_labels, read_labels
 from deltaw.data.template import Encoded, encode_all
 from deltaw.errors import RecipeError, RunError
-from deltaw.model.base import best_dtype, load_base, task_before
+from deltaw.model.base import best_dtype, check_device, load_base, task_before
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.load import load_tokenizer
 from deltaw.model.model import Model
@@ -72,6 +72,7 @@ def train(
     disk is full. Nothing runs before the first event is asked for.
     """
     loaded = _with_labels(load_recipe(recipe, list(overrides)))
+    check_device(loaded.base.device)
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     folder = Path(out) if out is not None else Path("runs") / name
     if loaded.train.threads:
@@ -119,7 +120,8 @@ def _train(
     asked, plan = recipe, None
     if recipe.budget is not None:
         recipe, plan = _within_budget(recipe, out, rows, valid)
-    dtype = best_dtype(recipe.adapter.trains_base) if recipe.base.dtype == "auto" else recipe.base.dtype
+    automatic = recipe.base.dtype == "auto"
+    dtype = best_dtype(recipe.adapter.trains_base, recipe.base.device) if automatic else recipe.base.dtype
     model = _base(recipe, dtype, say)
     release_free_memory()
     identity = {
@@ -168,7 +170,8 @@ def _train(
 
 def _base(recipe: Recipe, dtype: str, say: Callable[[str], None] | None) -> Model:
     b, labels, seed = recipe.base, given_labels(recipe.data), recipe.train.seed
-    return load_base(b.path, b.format, dtype, say, block=b.block, double_quant=b.double_quant, labels=labels, seed=seed)
+    quantised = {"block": b.block, "double_quant": b.double_quant}
+    return load_base(b.path, b.format, dtype, say, **quantised, labels=labels, seed=seed, device=b.device)
 
 
 def _calibration(model: Model, recipe: Recipe, rows: list[Row]) -> list[Batch]:
