@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from deltaw.core.adapter import Adapter, Replacement
     from deltaw.core.affine import Affine
     from deltaw.core.fingerprint import BaseFingerprint
+    from deltaw.export.llama_cpp import export_gguf
+    from deltaw.export.peft import export_peft
+    from deltaw.export.vllm import export_vllm
     from deltaw.merge.bake import bake
     from deltaw.methods import *  # noqa: F403
     from deltaw.methods import METHODS
@@ -31,6 +34,9 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "Replacement": ("deltaw.core.adapter", "Replacement"),
     "Recipe": ("deltaw.train.recipe", "Recipe"),
     "bake": ("deltaw.merge.bake", "bake"),
+    "export_gguf": ("deltaw.export.llama_cpp", "export_gguf"),
+    "export_peft": ("deltaw.export.peft", "export_peft"),
+    "export_vllm": ("deltaw.export.vllm", "export_vllm"),
     "load_adapter": ("deltaw.store.peft", "read_adapter"),
     "load_base": ("deltaw.model.base", "load_base"),
     "load_recipe": ("deltaw.train.recipe", "load_recipe"),
@@ -47,6 +53,9 @@ __all__ = [
     "Recipe",
     "Replacement",
     "bake",
+    "export_gguf",
+    "export_peft",
+    "export_vllm",
     "load_adapter",
     "load_base",
     "load_recipe",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from deltaw.cli import data
+from deltaw.cli import data, export
 from deltaw.cli.eval import evaluate
 from deltaw.cli.fetch import fetch
 from deltaw.cli.generate import generate
@@ -37,6 +37,7 @@ app.command("merge")(merge)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.add_typer(data.app, name="data")
+app.add_typer(export.app, name="export")
 
 
 @app.callback()

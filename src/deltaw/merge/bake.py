@@ -113,7 +113,7 @@ def bake(
         raise BadInput(f"unknown dtype {dtype!r}.{near(dtype, OUT_DTYPES)} Known: {', '.join(OUT_DTYPES)}.")
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(Path(adapter))
-    _refuse_unmergeable(adapter)
+    refuse_unmergeable(adapter)
     if into == "quantised" and not measure:
         raise BadInput("a merge into quantised weights loses precision: it is not done without measuring how much.")
     folder = resolve_base(base, say=say)
@@ -163,7 +163,7 @@ class _Job:
         changes = changes_of(made, places, source.ties)
         vocab_size = grown_vocabulary(changes, source.net)
         tokenizer = _tokenizer(self.folder)
-        grown = _grown_tokenizer(tokenizer, adapter)
+        grown = grown_tokenizer(tokenizer, adapter)
         expected = probe = None
         if words is not None:
             self.say("computing logits of the unmerged model")
@@ -242,7 +242,8 @@ def _format_of(folder: Path, adapter: Adapter, into: str) -> Format | None:
     return how
 
 
-def _refuse_unmergeable(adapter: Adapter) -> None:
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """Raise NotMergeable for a method whose change no weights can hold."""
     spec = adapter.spec
     if spec.trains_base:
         raise NotMergeable(
@@ -260,7 +261,7 @@ def _tokenizer(folder: Path) -> Any:
     return None
 
 
-def _grown_tokenizer(tokenizer: Any, adapter: Adapter) -> Any:
+def grown_tokenizer(tokenizer: Any, adapter: Adapter) -> Any:
     """A tokenizer that knows the adapter's new tokens, or None when it has none."""
     tokens = adapter.spec.new_tokens
     if not tokens:

@@ -142,7 +142,7 @@ def _outputs(source: Source, changes: Mapping[str, Change], dtype: torch.dtype |
         add(key, key, by_key.get(key))
     untied = False
     for name, partners in source.ties.items():
-        if _stays_tied(name, partners, changes):
+        if stays_tied(name, partners, changes):
             continue
         untied = True
         owner = next((n for n in source.own if source.keys[n] == source.keys[name]), name)
@@ -156,7 +156,8 @@ def _alike(mine: Change | None, theirs: Change | None) -> bool:
     return mine is theirs is None or (mine is not None and mine.is_like(theirs))
 
 
-def _stays_tied(name: str, partners: tuple[str, ...], changes: Mapping[str, Change]) -> bool:
+def stays_tied(name: str, partners: tuple[str, ...], changes: Mapping[str, Change]) -> bool:
+    """Whether one stored tensor can still stand for `name` and all its partners."""
     mine = changes.get(name)
     theirs = [changes.get(p) for p in partners]
     return all(t is None for t in theirs) if mine is None else all(mine.is_like(t) for t in theirs)
@@ -188,7 +189,7 @@ def _write_loaded(
 ) -> Tally:
     """The way through memory: change the loaded network's tensors, let transformers write it."""
     net = source.net
-    cut = {n for n, partners in source.ties.items() if not _stays_tied(n, partners, changes)}
+    cut = {n for n, partners in source.ties.items() if not stays_tied(n, partners, changes)}
     made: dict[str, nn.Parameter] = {}
     for name in [*changes, *sorted(cut - set(changes))]:
         shared = next((made[p] for p in source.ties.get(name, ()) if p in made and name not in cut), None)

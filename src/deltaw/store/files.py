@@ -67,6 +67,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A name to write a file under; it becomes `target` when the block ends well, and vanishes when it does not."""
+    target = Path(target).absolute()
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
+    with space_explained(target.name, target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            sync_file(aside)
+            os.replace(aside, target)
+            sync_file(target.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target` when the block ends well, and vanishes when it does not.
 
