@@ -1,9 +1,9 @@
 """GGUF for llama.cpp: an adapter to load beside a base, or a whole model.
 
 An adapter's file holds lora_a and lora_b of each map and one alpha; llama.cpp adds alpha / rank * B A, the rank read
-off the tensors (struct llama_adapter_lora_weight). Scales that differ are folded into B, so that every map gets exactly its
-own: rsLoRA, alphas and ranks by map. What no pair of factors says (DoRA's gains, biases, replaced tensors, vectors in
-front of the sequence) is named and refused before anything is written; a whole model can hold most of it.
+off the tensors (struct llama_adapter_lora_weight). Scales that differ are folded into B, so that every map gets exactly
+its own: rsLoRA, alphas and ranks by map. What no pair of factors says (DoRA's gains, biases, replaced tensors, vectors
+in front of the sequence) is named and refused before anything is written; a whole model can hold most of it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from deltaw.merge.write import stays_tied
 from deltaw.model.load import load_tokenizer
 
 MERGE = "Write the whole model instead: deltaw export gguf --merged."
+HEAD = "lm_head.weight"
 Settings = list[tuple[str, tuple[Any, ...]]]
 
 
@@ -225,9 +226,11 @@ class _Model(_Job):
             name = layout.name_of(tensor)
             if tensor not in source.keys and not source.loaded:
                 absent.append(tensor)
+            elif self._is_tied_head(tensor, changes):
+                continue
             elif name is None:
                 nameless.append(tensor)
-            elif not self._is_tied_head(tensor, name, changes):
+            else:
                 site = source.sites.get(tensor.removesuffix(".weight"))
                 conv = tensor.endswith(".weight") and site is not None and site.kind == "conv1d"
                 self.parts.append(_Part(tensor, name, changes.get(tensor), conv))
@@ -235,14 +238,12 @@ class _Model(_Job):
             problems.append(f"its files name tensors in another way than its network: {some(absent)}")
         if nameless:
             problems.append(f"llama.cpp has no tensor for {some(nameless, most=12)}")
-        if layout.family.arch == "gemma" and any(p.name == "output.weight" for p in self.parts):
-            problems.append("its head is a tensor of its own, and llama.cpp ties it to the embedding")
         self._plan(tokenizer, problems)
 
-    def _is_tied_head(self, tensor: str, name: str, changes: dict[str, Change]) -> bool:
+    def _is_tied_head(self, tensor: str, changes: dict[str, Change]) -> bool:
         """Whether llama.cpp gets the tensor as a copy of the embedding's, and need not be given it."""
         partners = self.found.source.ties.get(tensor)
-        return name == "output.weight" and partners is not None and stays_tied(tensor, partners, changes)
+        return tensor == HEAD and partners is not None and stays_tied(tensor, partners, changes)
 
     def _plan(self, tokenizer: Any, problems: list[str]) -> None:
         dtype, source = check_dtype(self.dtype), self.found.source
