@@ -74,6 +74,13 @@ class Layout:
         short = stem.split(".", 2)[2] if stem.startswith("blk.") else stem
         return None if part == "bias" and short not in self.family.biases else found
 
+    def lora_name_of(self, tensor: str) -> str | None:
+        """The same for a matrix that llama.cpp adds a LoRA to; it would load one for positions, and never add it."""
+        found = self.name_of(tensor)
+        return (
+            found if found and (found.startswith("blk.") or found in ("token_embd.weight", "output.weight")) else None
+        )
+
     def rows(self, name: str, value: Tensor) -> Tensor:
         """`value` [out, ...] of the tensor called `name` there, with rows in llama.cpp's order."""
         heads = {"attn_q": self.heads, "attn_k": self.kv_heads}.get(name.split(".")[2] if name[:4] == "blk." else "")

@@ -69,6 +69,13 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for e, value in zip(entries, values, strict=True):
                 writer.write_tensor_data(_plain(e, value))
+        except OSError as problem:
+            if problem.errno is None:  # numpy says how much it wrote, not why it stopped
+                raise WorkFailed(
+                    f"No space left while writing {out.name} to {out.parent}, or the file is larger than one may be "
+                    "here (ulimit -f). Free some space and run again."
+                ) from None
+            raise
         finally:
             writer.close()
         return aside.stat().st_size

@@ -163,14 +163,14 @@ class _Lora(_Job):
         base, problems = self.found, []
         self.factors, problems = factors_of(base)
         tied = {p for name, partners in base.source.ties.items() for p in (name, *partners)}
-        names = [self.layout.name_of(f"{f.site.name}.weight") for f in self.factors]
+        names = [self.layout.lora_name_of(f"{f.site.name}.weight") for f in self.factors]
         ends = [f.site.name for f in self.factors if f"{f.site.name}.weight" in tied]
         if ends:
             problems.append(
                 f"{some(ends)}: embedding and head are one tensor in this base, and llama.cpp would change both"
             )
         if nameless := [f.site.name for f, name in zip(self.factors, names, strict=True) if name is None]:
-            problems.append(f"llama.cpp has no tensor for {some(nameless, most=12)}")
+            problems.append(f"llama.cpp adds no LoRA at {some(nameless, most=12)}")
         refuse(problems, "A GGUF adapter cannot say what this adapter does", MERGE, AdapterError)
         refuse_empty(self.factors)
         self.alpha = common_alpha(self.factors)
@@ -190,7 +190,7 @@ class _Lora(_Job):
     def values(self) -> Iterator[Tensor]:
         assert self.alpha is not None
         for f in self.factors:
-            name = self.layout.name_of(f"{f.site.name}.weight") or ""
+            name = self.layout.lora_name_of(f"{f.site.name}.weight") or ""
             yield f.A.T if f.site.kind == "embedding" else f.A
             yield self.layout.rows(name, folded(f, self.alpha, f.rank))
 
