@@ -1,4 +1,4 @@
-"""Tiny bases with a byte-level BPE, of every family that is written as GGUF, and readers that owe the writer nothing."""
+"""Tiny bases with a byte-level BPE, of every family that is written as GGUF, and readers that owe us nothing."""
 
 from __future__ import annotations
 

@@ -67,15 +67,12 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+            assert writer.fout is not None
+            file = writer.fout[0]  # not writer.write_tensor_data: its numpy.tofile keeps quiet about a full disk
             for e, value in zip(entries, values, strict=True):
-                writer.write_tensor_data(_plain(e, value))
-        except OSError as problem:
-            if problem.errno is None:  # numpy says how much it wrote, not why it stopped
-                raise WorkFailed(
-                    f"No space left while writing {out.name} to {out.parent}, or the file is larger than one may be "
-                    "here (ulimit -f). Free some space and run again."
-                ) from None
-            raise
+                writer.write_padding(file, file.tell())
+                file.write(_plain(e, value).data)
+            writer.write_padding(file, file.tell())
         finally:
             writer.close()
         return aside.stat().st_size
