@@ -20,7 +20,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 $(VENV)/.ready-peers: $(VENV)/.ready-dev
-	$(PIP) -e '.[dev,peers]'
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) -e '.[dev,peers]' # llama.cpp's own choice of instructions may not run here
 	touch $@
 
 # Environment, starter base, training on shipped data, evaluation before and after, merge, an answer.

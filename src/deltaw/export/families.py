@@ -204,7 +204,8 @@ def rope_factors(layout: Layout) -> Tensor | None:
     powers = torch.arange(0, layout.head_dim, 2, dtype=torch.float64) / layout.head_dim
     wavelengths = 2 * math.pi * float(rope.get("rope_theta", 10000.0)) ** powers
     blend = ((old / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - blend) / rope["factor"] + blend)).float()
+    factors: Tensor = 1 / ((1 - blend) / rope["factor"] + blend)
+    return factors.float()
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class _Lora(_Job):
     kind = "adapter"
 
     def prepare(self) -> None:
-        base, problems = self.found, []
+        base = self.found
         self.factors, problems = factors_of(base)
         tied = {p for name, partners in base.source.ties.items() for p in (name, *partners)}
         names = [self.layout.lora_name_of(f"{f.site.name}.weight") for f in self.factors]
