@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltaw
+from deltaw.core.fingerprint import fingerprint_folder, set_cache_dir
 from deltaw.errors import BaseError, NotMergeable, RunError
 from deltaw.methods.lora import Lora
+from deltaw.model.load import resolve_base
+from deltaw.model.starter import convert_gguf
 
 IDS = torch.tensor([[3, 7, 11, 50, 60, 5, 91]])
 READS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers reads these back
@@ -135,6 +138,15 @@ def test_export_gguf_model_takes_what_only_weights_can_hold(tmp_path):
     torch.testing.assert_close(read_back(tmp_path / "dora.gguf"), our_logits(base, dora), rtol=0, atol=1e-5)
 
 
+def test_export_gguf_model_says_what_the_adapter_changes_in_the_settings(tmp_path):
+    base = save_base(tmp_path / "base", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    adapter = noisy(base, deltaw.LongLora(rank=3, max_positions=160))
+    deltaw.export_gguf(base, tmp_path / "m.gguf", adapter=adapter, merged=True)
+    found, _ = read(tmp_path / "m.gguf")
+    assert (found["llama.context_length"], found["llama.rope.scaling.type"]) == (160, "linear")
+    assert (found["llama.rope.scaling.factor"], found["llama.rope.freq_base"]) == (2.5, 5000.0)
+
+
 def test_export_gguf_model_grows_with_new_tokens(tmp_path):
     base = save_base(tmp_path / "base", "qwen2")
     adapter = noisy(base, Lora(rank=3, new_tokens=tuple(f"<new{i}>" for i in range(5))))
@@ -243,3 +255,15 @@ def test_export_gguf_model_refuses_quantised_and_misnamed_files(tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(BaseError, match="nf4 weights, and an export needs dense ones"):
         deltaw.export_gguf(base, tmp_path / "m.gguf", merged=True)
+
+
+@pytest.mark.slow
+@pytest.mark.starter
+def test_export_gguf_model_of_the_starter_is_the_starter_again_bit_for_bit(tmp_path):
+    set_cache_dir(None)  # the starter lies in the user's; what is made of it goes to another
+    base = resolve_base("smollm2-135m-instruct")
+    set_cache_dir(tmp_path / "cache")
+    deltaw.export_gguf(base, tmp_path / "m.gguf", merged=True, dtype="float32")
+    before = fingerprint_folder(base)
+    after = fingerprint_folder(convert_gguf(tmp_path / "m.gguf"))
+    assert before.differences(after) == {}

@@ -22,7 +22,7 @@ from deltaw.errors import AdapterError, BadInput, BaseError
 from deltaw.export.factors import common_alpha, factors_of, folded, refuse_empty
 from deltaw.export.families import Layout, config_problems, layout_of, rope_factors, settings_of
 from deltaw.export.gguf_file import FILE_TYPES, Entry, check_dtype, write_gguf
-from deltaw.export.opened import Opened, Say, opened, refuse, refuse_taken, some
+from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken, some
 from deltaw.export.vocabulary import Vocabulary, vocabulary_of
 from deltaw.merge.bake import grown_tokenizer, refuse_unmergeable
 from deltaw.merge.changes import Change, changes_of, checked, grown_vocabulary
@@ -171,7 +171,9 @@ class _Lora(_Job):
             )
         if nameless := [f.site.name for f, name in zip(self.factors, names, strict=True) if name is None]:
             problems.append(f"llama.cpp adds no LoRA at {some(nameless, most=12)}")
-        refuse(problems, "A GGUF adapter cannot say what this adapter does", MERGE, AdapterError)
+        assert base.adapter is not None
+        what = "A GGUF adapter cannot say what this adapter does"
+        refuse(problems, what, instead(base.adapter, MERGE), AdapterError)
         refuse_empty(self.factors)
         self.alpha = common_alpha(self.factors)
         self.n_folded = sum(f.alpha != self.alpha for f in self.factors)
@@ -255,8 +257,8 @@ class _Model(_Job):
             self.entries.append(Entry(part.name, shape, torch.float32 if fine else dtype))
         n_rows = next((e.shape[0] for e in self.entries if e.name == "token_embd.weight"), 0)
         words, odd = vocabulary_of(tokenizer, n_rows, self.layout.config)
-        instead = "deltaw merge writes a folder for transformers and vLLM."
-        refuse([*problems, *odd], f"{self.found.folder} cannot be written as GGUF", instead, BaseError)
+        merge = "deltaw merge writes a folder for transformers and vLLM."
+        refuse([*problems, *odd], f"{self.found.folder} cannot be written as GGUF", merge, BaseError)
         assert words is not None
         self.tokenizer = f"{words.model}/{words.pre}"
         self.extra = rope_factors(self.layout)

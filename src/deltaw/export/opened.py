@@ -69,6 +69,11 @@ def refuse(problems: Sequence[str], what: str, instead: str, kind: type[AdapterE
         raise kind(f"{what}:\n" + "".join(f"  - {p}\n" for p in problems) + f"  {instead} Nothing was written.")
 
 
+def instead(adapter: Adapter, otherwise: str) -> str:
+    """What to do with an adapter that a format cannot hold: `otherwise`, where weights can hold it."""
+    return otherwise if adapter.spec.mergeable else "Nor can weights hold it: serve it with deltaw."
+
+
 def some(names: Sequence[str], most: int = 4) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

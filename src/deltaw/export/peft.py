@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from deltaw.core.adapter import Adapter
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import AdapterError
-from deltaw.export.opened import refuse, refuse_taken
+from deltaw.export.opened import instead, refuse, refuse_taken
 from deltaw.methods.lowrank import LowRank
 from deltaw.store.files import whole_folder
 from deltaw.store.peft import CONFIG, TENSORS, adapter_folder, read_adapter, to_peft_config, to_peft_tensors
@@ -71,9 +71,8 @@ def export_peft(adapter: str | Path | Adapter, out: str | Path) -> FolderReport:
         problems.append(f"settings of the base are changed: {', '.join(sorted(adapter.overrides))}")
     if spec.new_tokens and not beside:
         problems.append(f"new tokens ({', '.join(spec.new_tokens)}) need a tokenizer, and none lies beside the adapter")
-    refuse(
-        problems, "PEFT cannot say what this adapter does", "Write the whole model instead: deltaw merge.", AdapterError
-    )
+    merge = instead(adapter, "Write the whole model instead: deltaw merge.")
+    refuse(problems, "PEFT cannot say what this adapter does", merge, AdapterError)
     said, n_apart = explicit(adapter)
     return write_peft(said, out, beside, method=spec.name, origin=adapter.id, n_apart=n_apart)
 

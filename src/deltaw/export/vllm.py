@@ -13,7 +13,7 @@ from pathlib import Path
 from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError, BadInput
 from deltaw.export.factors import Factors, common_alpha, factors_of, folded, padded, refuse_empty
-from deltaw.export.opened import Opened, Say, opened, refuse, refuse_taken, some
+from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken, some
 from deltaw.export.peft import FolderReport, write_peft
 from deltaw.methods.lora import Lora
 
@@ -52,9 +52,8 @@ def export_vllm(
         assert found.adapter is not None
         factors, problems = factors_of(found)
         problems += _limits(found, factors, max_rank)
-        refuse(
-            problems, "vLLM and LoRAX do not load this adapter", "Or serve a whole model: deltaw merge.", AdapterError
-        )
+        merge = instead(found.adapter, "Or serve a whole model: deltaw merge.")
+        refuse(problems, "vLLM and LoRAX do not load this adapter", merge, AdapterError)
         refuse_empty(factors)
         served, n_apart = _uniform(found.adapter, factors)
         rank = max(f.rank for f in factors)

@@ -95,8 +95,8 @@ def vocabulary_of(tokenizer: Any, n_rows: int, config: dict[str, Any]) -> tuple[
     if problems:
         return None, problems
     scores = None if byte_level else _scores(merges, model["vocab"], n_rows)
-    tokens, types = _tokens(model, added, n_rows, byte_level)
     special = _special(tokenizer, config)
+    tokens, types = _tokens(model, added, n_rows, None if byte_level else special.get("unk", -1))
     front, back = _ends(tokenizer)
     template = tokenizer.chat_template
     return (
@@ -206,8 +206,13 @@ def _scores(merges: list[tuple[str, ...]], vocab: dict[str, int], n_rows: int) -
     return scores
 
 
-def _tokens(model: dict[str, Any], added: dict[int, Any], n_rows: int, byte_level: bool) -> tuple[list[str], list[int]]:
-    """Texts and kinds by row; a row that no token has is called [PAD7]."""
+def _tokens(
+    model: dict[str, Any], added: dict[int, Any], n_rows: int, unknown: int | None
+) -> tuple[list[str], list[int]]:
+    """Texts and kinds by row; a row that no token has is called [PAD7].
+
+    unknown  the number of SentencePiece's unknown token, -1 where it has none; None: the tokens are byte-level
+    """
     texts = {i: text for text, i in model["vocab"].items()}
     tokens, types = [], []
     for i in range(n_rows):
@@ -215,9 +220,9 @@ def _tokens(model: dict[str, Any], added: dict[int, Any], n_rows: int, byte_leve
         if i in added:
             text = added[i]["content"]
             kind = TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
-            text = text if added[i]["special"] or byte_level else text.replace(SPACE, " ")
-        if not byte_level:
-            if text == model.get("unk_token"):
+            text = text if added[i]["special"] or unknown is None else text.replace(SPACE, " ")
+        if unknown is not None:
+            if i == unknown:
                 kind = TokenType.UNKNOWN
             elif kind == TokenType.NORMAL and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
                 kind = TokenType.BYTE
