@@ -105,6 +105,9 @@ def test_export_vocabulary_refuses_merges_that_no_scores_order():
         merges.append(["\u2581t", "he"])
 
     assert "not in the order of any scores" in one(changed(sentencepiece_bpe(), swap))
+    found_first = sentencepiece_bpe()
+    found_first.add_tokens(["\u2581the"])
+    assert vocabulary_of(changed(found_first, swap), ROWS, {})[1] == []
 
     def drop(whole):  # SentencePiece would merge this pair, the tokenizer does not
         whole["model"]["merges"].remove(["\u2581th", "e"])

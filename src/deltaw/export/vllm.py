@@ -1,8 +1,9 @@
 """A folder that vLLM and LoRAX load beside a base.
 
-Both read r, lora_alpha and target_modules of PEFT's config and drop what says more (rank_pattern and alpha_pattern), so
-here every map gets one rank and one alpha: smaller ranks are filled up with zeros, scales that differ are folded into
-B, and alpha is a whole number. What they do not load at all is named and refused.
+Both read r, lora_alpha and target_modules of PEFT's config. LoRAX, and vLLM before it learnt rank_pattern and
+alpha_pattern, drop what says more, so here every map gets one rank and one alpha: smaller ranks are filled up with
+zeros, scales that differ are folded into B, and alpha is a whole number. What they do not load at all is named and
+refused.
 """
 
 from __future__ import annotations

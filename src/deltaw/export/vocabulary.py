@@ -163,7 +163,8 @@ def _sentencepiece(whole: dict[str, Any], merges: list[tuple[str, ...]]) -> tupl
         problems.append("its tokenizer does not write spaces as SentencePiece does")
     if whole["model"].get("ignore_merges"):
         problems.append("its tokenizer looks whole words up before it merges")
-    if not _by_score(merges, whole["model"]["vocab"]):
+    given = {token["content"] for token in whole["added_tokens"]}  # found before anything is merged
+    if not _by_score([m for m in merges if "".join(m) not in given], whole["model"]["vocab"]):
         problems.append("its merges are not in the order of any scores, so SentencePiece's rule gives other tokens")
     return prefix, problems
 
