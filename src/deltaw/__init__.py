@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from deltaw.export.peft import export_peft
     from deltaw.export.vllm import export_vllm
     from deltaw.merge.bake import bake
+    from deltaw.merge.combine import combine
+    from deltaw.merge.compress import compress
+    from deltaw.merge.extract import extract
     from deltaw.methods import *  # noqa: F403
     from deltaw.methods import METHODS
     from deltaw.model.base import load_base
@@ -37,6 +40,9 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "export_gguf": ("deltaw.export.llama_cpp", "export_gguf"),
     "export_peft": ("deltaw.export.peft", "export_peft"),
     "export_vllm": ("deltaw.export.vllm", "export_vllm"),
+    "combine": ("deltaw.merge.combine", "combine"),
+    "compress": ("deltaw.merge.compress", "compress"),
+    "extract": ("deltaw.merge.extract", "extract"),
     "load_adapter": ("deltaw.store.peft", "read_adapter"),
     "load_base": ("deltaw.model.base", "load_base"),
     "load_recipe": ("deltaw.train.recipe", "load_recipe"),
@@ -56,6 +62,9 @@ __all__ = [
     "export_gguf",
     "export_peft",
     "export_vllm",
+    "combine",
+    "compress",
+    "extract",
     "load_adapter",
     "load_base",
     "load_recipe",

@@ -10,7 +10,11 @@ from pathlib import Path
 import typer
 
 from deltaw.cli import data, export
+from deltaw.cli import data
+from deltaw.cli.combine import combine
+from deltaw.cli.compress import compress
 from deltaw.cli.eval import evaluate
+from deltaw.cli.extract import extract
 from deltaw.cli.fetch import fetch
 from deltaw.cli.generate import generate
 from deltaw.cli.inspect import inspect
@@ -34,6 +38,9 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("merge")(merge)
+app.command("combine")(combine)
+app.command("extract")(extract)
+app.command("compress")(compress)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.add_typer(data.app, name="data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,17 +20,19 @@ Ties = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one stored tensor, in this order: swapped whole, changed by an Affine, rows set.
+    """What happens to one stored tensor, in this order: swapped whole, changed by an Affine, added to, rows set.
 
     transposed  whether the tensor is stored as [in, out] (GPT-2's Conv1D, embeddings)
     rows        (row numbers [n], values [n, ...]); numbers at or beyond the end make the tensor grow.
                 Rows in between that no one gives (the tokenizer knows more than the base) are the mean row
+    add         gives what is added, float64, of the stored tensor's shape
     """
 
     swap: Tensor | None = None
     affine: Affine | None = None
     transposed: bool = False
     rows: tuple[Tensor, Tensor] | None = None
+    add: Callable[[], Tensor] | None = None
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """The shape afterwards."""
@@ -43,6 +45,10 @@ class Change:
         if self.affine is not None:
             w, _ = merged(self.affine, value.T if self.transposed else value)
             value = w.T if self.transposed else w
+        if self.add is not None:
+            value = (value.double() + self.add()).to(dtype)
+            if not bool(torch.isfinite(value).all()):
+                raise WorkFailed("The sum holds NaN or Inf. Nothing was written; check the adapters and their weights.")
         if self.rows is not None:
             number, rows = self.rows
             grown = value.mean(0).expand(self.shape(tuple(value.shape))).clone()
@@ -55,7 +61,7 @@ class Change:
         return (
             other is not None
             and self.rows is other.rows
-            and all(x is None for x in (self.swap, self.affine, other.swap, other.affine))
+            and all(x is None for x in (self.swap, self.affine, self.add, other.swap, other.affine, other.add))
         )
 
 

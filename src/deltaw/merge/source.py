@@ -6,7 +6,7 @@ files use other names (transformers renames some on load), the network is loaded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,23 @@ class Source:
     kind     what it computes: "causal", "seq2seq" or "classify"
     keys     the network's tensor names -> names in the files; a tied tensor has that of its partner
     own      those of `keys` that have a tensor of their own in the files
-    missing  what the adapter touches and the files do not name: the reason to load the network
+    missing  what the adapters touch and the files do not name: the reason to load the network
 
+    adapters   what is to be merged, of one set of labels; none: every tensor is touched
     contradicts_tie: config.json ties two tensors that the files hold with different values.
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str, how: Format | None = None
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        adapters: Adapter | Sequence[Adapter],
+        dtype: str,
+        how: Format | None = None,
     ) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        labels = adapter.provenance.get("labels") or None
+        adapters = [adapters] if isinstance(adapters, Adapter) else adapters
+        labels = adapters[0].provenance.get("labels") or None if adapters else None
         self.net = empty_network(folder, labels)
         self.kind = kind_of(self.net)
         self.sites = find_sites(self.net)
@@ -49,8 +56,9 @@ class Source:
         self.contradicts_tie = False
         self.ties = self._ties()
         self.keys, self.own = self._keys()
-        needed = [f"{s}.{part}" for s in adapter.sites for part in ("weight", "bias")]
-        needed += [r.tensor for r in adapter.replaced]
+        needed = [f"{s}.{part}" for a in adapters for s in a.sites for part in ("weight", "bias")]
+        needed += [r.tensor for a in adapters for r in a.replaced]
+        needed = needed if adapters else list(self.tensors)
         self.missing = [n for n in needed if n in self.tensors and n not in self.keys]
         self.loaded = bool(self.missing)
         if self.loaded:

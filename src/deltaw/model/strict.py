@@ -108,12 +108,12 @@ def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
 
 def _misfit_shared(made: Attachment) -> list[str]:
     wanted = made.spec.shared_shapes(list(made.places.values())) if made.places else {}
-    problems = _wrong("the adapter", wanted, made.shared)
+    problems = misfits("the adapter", wanted, made.shared)
     return problems if made.places else []
 
 
-def _wrong(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) -> list[str]:
-    """What is missing, left over, misshapen or not finite in `params`."""
+def misfits(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) -> list[str]:
+    """What is missing, left over, misshapen or not finite in the parameters of one place, as sentences."""
     problems = []
     if missing := [p for p in wanted if p not in params]:
         problems.append(f"{where} lacks {', '.join(missing)}")
@@ -129,8 +129,8 @@ def _wrong(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) ->
 
 def _misfit(made: Attachment, places: Places, name: str, targeted: bool) -> list[str]:
     site = made.places[name]
-    problems = _wrong(name, made.spec.shapes(site, targeted), made.sites[name])
-    if not problems and not _wrong("", made.spec.shared_shapes(list(made.places.values())), made.shared):
+    problems = misfits(name, made.spec.shapes(site, targeted), made.sites[name])
+    if not problems and not misfits("", made.spec.shared_shapes(list(made.places.values())), made.shared):
         try:
             check_form(made.lowered(name, places), site, places)
         except ShapeError as error:

@@ -1,0 +1,204 @@
+"""combine: one adapter, or one base, from several: equal to dense arithmetic in float64, whatever the methods are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from made_bases import logits, noisy, renamed_base, stored
+from made_deltas import applied, dense_changes, lora_change
+
+from deltaw.merge.combine import combine
+from deltaw.methods.bitfit import BitFit
+from deltaw.methods.dora import Dora
+from deltaw.methods.ia3 import Ia3
+from deltaw.methods.lora import Lora
+from deltaw.methods.vera import Vera
+from deltaw.model.base import load_base
+from deltaw.store.peft import read_adapter
+from models import ARCHITECTURES, make_ids, make_net
+
+IDS = make_ids()
+ATTENTION = ("q_proj", "v_proj")
+MIXED = {
+    "lora": Lora(rank=3, alpha=5),
+    "rslora": Lora(rank=7, alpha=2, rslora=True, targets=(*ATTENTION, "down_proj")),
+    "patterns": Lora(rank=2, alpha=11, rank_pattern={"q_proj": 5}, alpha_pattern={"o_proj": 3}),
+}
+WEIGHTS = [0.7, -0.4, 1.3]
+# factors are rounded to float32 once: 2^-24 of each, and what the sums of some twelve of them make of it
+CLOSE = 1e-5
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def made_of(base, specs) -> list:
+    return [noisy(base, spec, seed=i + 1) for i, spec in enumerate(specs)]
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_factors_of_mixed_ranks_scales_and_signs_are_exact(saved, tmp_path, method, with_base):
+    base = saved(make_net("llama"))
+    adapters = made_of(base, MIXED.values())
+
+    report = combine(adapters, WEIGHTS, method=method, out=tmp_path / "out", base=base if with_base else None)
+
+    found = read_adapter(tmp_path / "out")
+    wanted = dense_changes(base, adapters, WEIGHTS)
+    assert len(found.sites) == 14
+    for site in found.sites:
+        assert relative(lora_change(found, site), wanted[f"{site}.weight"]) < CLOSE, site
+    assert found.spec.rank_at(next(p for p in found.places if p.role == "q_proj")) == 3 + 7 + 5
+    assert found.spec.rank_at(next(p for p in found.places if p.role == "up_proj")) == 3 + 2
+    assert report.error == 0.0
+    assert {s.site: s.rank for s in report.sites}["model.layers.1.mlp.down_proj"] == 3 + 7 + 2
+    assert found.id == report.adapter
+    assert found.fingerprint == adapters[0].fingerprint
+
+
+def test_the_result_says_its_parents_and_how(saved, tmp_path):
+    base = saved(make_net("llama"))
+    adapters = made_of(base, MIXED.values())
+    report = combine(adapters, WEIGHTS, method="ties", density=0.3, rank=4, seed=7, out=tmp_path / "out", base=base)
+    noted = read_adapter(tmp_path / "out").provenance
+    assert noted["parents"] == [a.id for a in adapters] == list(report.parents)
+    assert noted["combine"] == {
+        "method": "ties", "density": 0.3, "seed": 7, "shared_mask": False, "rank": 4, "weights": WEIGHTS,
+    }  # fmt: skip
+    assert json.loads(json.dumps(report.as_dict()))["weights"] == WEIGHTS
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "gemma2"])
+def test_a_base_with_the_sum_of_every_method_written_in_is_exact(saved, tmp_path, kind):
+    """Gains, biases, replaced modules, factors; Conv1D and tied embeddings among the architectures."""
+    net = make_net(kind)
+    base = saved(net)
+    specs = [Lora(rank=3, alpha=5, bias="all", save_modules=(_last_norm(net),)), Dora(rank=2, alpha=7), Vera(rank=9)]
+    specs += [Ia3()] if kind != "phi" else [Ia3(targets=("k_proj", "fc2"), feedforward=("fc2",))]
+    specs += [BitFit()] if any("_proj.bias" in n or n.endswith("c_attn.bias") for n in stored(base)) else []
+    adapters = made_of(base, specs)
+    weights = [0.7, -0.4, 1.3, 0.5, -0.25][: len(specs)]
+
+    report = combine(adapters, weights, base=base, into_base=tmp_path / "out")
+
+    before, found, wanted = stored(base), stored(tmp_path / "out"), applied(base, adapters, weights)
+    assert set(found) == set(before)
+    changed = [n for n in found if not torch.equal(found[n], before[n])]
+    assert len(changed) == report.n_tensors_changed > 14
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].double(), value, atol=1e-6, rtol=1e-6, msg=name)
+    assert logits(tmp_path / "out", IDS).isfinite().all()
+
+
+def _last_norm(net) -> str:
+    return next(n for n, m in reversed(list(net.named_modules())) if "norm" in type(m).__name__.lower())
+
+
+def test_a_sum_of_gains_and_biases_becomes_an_adapter_with_what_it_lost_said(saved, tmp_path):
+    base = saved(make_net("llama"))
+    specs = [Lora(rank=3, alpha=5, bias="all", save_modules=("norm",)), Dora(rank=2, alpha=7, targets=ATTENTION), Ia3()]
+    adapters = made_of(base, specs)
+    weights = [0.7, -0.4, 1.3]
+
+    report = combine(adapters, weights, method="svd", rank=6, base=base, out=tmp_path / "out")
+
+    found = read_adapter(tmp_path / "out")
+    wanted = dense_changes(base, adapters, weights)
+    for cut in report.sites:
+        dense = wanted[f"{cut.site}.weight"]
+        U, S, Vt = torch.linalg.svd(dense, full_matrices=False)
+        best = U[:, : cut.rank] * S[: cut.rank] @ Vt[: cut.rank]
+        assert relative(lora_change(found, cut.site), best) < CLOSE
+        # a sum of low-rank changes is not cut below its rank, so that nothing is lost there
+        assert cut.error == pytest.approx(relative(best, dense), rel=1e-6, abs=1e-12)
+        assert cut.rank == (3 if cut.site.endswith(("o_proj", "gate_proj", "up_proj")) else 6)
+    assert report.error > 0.1
+    exact = applied(base, adapters, weights)
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        value = next(r.value for r in found.replaced if r.tensor == name)
+        torch.testing.assert_close(value.double(), exact[name], atol=1e-6, rtol=1e-6)
+    for site, params in found.sites.items():
+        torch.testing.assert_close(params["bias"].double(), exact[f"{site}.bias"], atol=1e-6, rtol=1e-6)
+    model = load_base(base)
+    model.attach(found)
+    assert model.logits(IDS).isfinite().all()
+
+
+def test_biases_alone_stay_biases(saved, tmp_path):
+    base = saved(make_net("llama"))
+    adapters = made_of(base, [BitFit(targets=ATTENTION), BitFit(targets=("q_proj", "up_proj"))])
+    combine(adapters, [2.0, -0.5], base=base, out=tmp_path / "out")
+    found, exact = read_adapter(tmp_path / "out"), applied(base, adapters, [2.0, -0.5])
+    assert found.spec.name == "bitfit"
+    assert {s.rpartition(".")[2] for s in found.sites} == {"q_proj", "v_proj", "up_proj"}
+    for site, params in found.sites.items():
+        torch.testing.assert_close(params["bias"].double(), exact[f"{site}.bias"], atol=1e-6, rtol=1e-6)
+    load_base(base).attach(found)
+
+
+@pytest.mark.parametrize("weight", [1.0, -2.5])
+def test_one_adapter_alone_is_weighted(saved, tmp_path, weight):
+    base = saved(make_net("llama"))
+    (adapter,) = made_of(base, [MIXED["patterns"]])
+    combine([adapter], [weight], out=tmp_path / "out")
+    found = read_adapter(tmp_path / "out")
+    for site, dense in dense_changes(base, [adapter], [weight]).items():
+        assert relative(lora_change(found, site.removesuffix(".weight")), dense) < CLOSE
+    assert found.spec.targets == "all-linear"
+
+
+def test_an_adapter_with_weight_0_costs_no_rank(saved, tmp_path):
+    base = saved(make_net("llama"))
+    adapters = made_of(base, MIXED.values())
+    report = combine(adapters, [1.0, 0.0, 0.0], out=tmp_path / "out")
+    assert {s.rank for s in report.sites} == {3}
+    assert len(read_adapter(tmp_path / "out").provenance["parents"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gemma"])
+def test_the_combined_adapter_computes_what_the_combined_base_does(saved, tmp_path, kind):
+    """On a Conv1D, and with changes on one side of a tie."""
+    base = saved(make_net(kind))
+    wide = Lora(rank=4, alpha=3, targets=("c_attn", "wte")) if kind == "gpt2" else Lora(
+        rank=4, alpha=3, targets=("q_proj", "embed_tokens")
+    )  # fmt: skip
+    adapters = made_of(base, [Lora(rank=3, alpha=5), wide])
+    combine(adapters, [0.6, -0.3], out=tmp_path / "adapter", base=base)
+    report = combine(adapters, [0.6, -0.3], base=base, into_base=tmp_path / "out", dtype="float32")
+    assert report.untied
+    model = load_base(base)
+    model.attach(tmp_path / "adapter")
+    with torch.no_grad():
+        attached = model.logits(IDS)
+    # two blocks of float32 sums of 32 to 40 terms
+    torch.testing.assert_close(logits(tmp_path / "out", IDS), attached, atol=1e-4, rtol=0)
+    assert (attached - logits(base, IDS)).abs().max() > 0.1
+
+
+def test_a_rank_beyond_what_a_map_has_keeps_all_of_it(saved, tmp_path):
+    base = saved(make_net("llama"))
+    adapters = made_of(base, [Dora(rank=2, alpha=7), MIXED["lora"]])
+    report = combine(adapters, method="svd", rank=1000, base=base, out=tmp_path / "out")
+    found = read_adapter(tmp_path / "out")
+    wanted = dense_changes(base, adapters, [1.0, 1.0])
+    for cut in report.sites:
+        assert cut.rank == min(wanted[f"{cut.site}.weight"].shape)
+        assert relative(lora_change(found, cut.site), wanted[f"{cut.site}.weight"]) < CLOSE
+    assert report.error < 1e-12
+
+
+def test_files_with_other_names_are_summed_through_the_network(tmp_path):
+    base = renamed_base(tmp_path / "base")
+    adapters = made_of(base, [Lora(rank=3, alpha=5), Dora(rank=2, alpha=7, targets=ATTENTION)])
+    combine(adapters, [0.6, -0.3], base=base, into_base=tmp_path / "out")
+    combine(adapters, [0.6, -0.3], method="svd", rank=1000, base=base, out=tmp_path / "adapter")
+    model = load_base(base)
+    model.attach(tmp_path / "adapter")
+    with torch.no_grad():
+        attached = model.logits(IDS)
+    torch.testing.assert_close(logits(tmp_path / "out", IDS), attached, atol=1e-4, rtol=0)
+    assert (attached - logits(base, IDS)).abs().max() > 0.1
