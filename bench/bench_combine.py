@@ -78,7 +78,7 @@ def make_adapter(base: Path, spec: Any, folder: Path, seed: int) -> Path:
             if name.endswith(":B"):
                 value.normal_(std=0.004, generator=rng)
             elif name.endswith(":m"):
-                value.mul_(1 + 0.02 * torch.randn(value.shape, generator=rng))
+                value.mul_(1 + 0.002 * torch.randn(value.shape, generator=rng))
     model.adapter().save(folder)
     return folder
 

@@ -149,7 +149,7 @@ def _changes(base: Source, tuned: Source, keep: Keep, say: Say) -> Change:
             )
         if not bool(torch.isfinite(after).all()):
             raise BaseError(f"the tuned model holds NaN or infinity in {name}: take an earlier checkpoint of it.")
-        if torch.equal(before.double(), after.double()):
+        if torch.equal(before, after) if before.dtype == after.dtype else not bool((before != after).any()):
             continue
         owner, _, leaf = name.rpartition(".")
         site = base.sites.get(owner)
@@ -158,7 +158,7 @@ def _changes(base: Source, tuned: Source, keep: Keep, say: Say) -> Change:
         elif leaf == "bias":
             change.biases[owner] = after.float()
         else:
-            delta = after.double() - before.double()
+            delta = after.double().sub_(before)
             del before, after
             change.maps[owner] = _map(delta, site, keep)
             cut = change.maps[owner]
