@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from made_bases import logits, noisy, renamed_base, stored
+from made_bases import logits, noisy, plain, renamed_base, stored
 from made_deltas import applied, dense_changes, lora_change
+from peft import PeftModel
 
 from deltaw.merge.combine import combine
 from deltaw.methods.bitfit import BitFit
@@ -202,3 +203,19 @@ def test_files_with_other_names_are_summed_through_the_network(tmp_path):
         attached = model.logits(IDS)
     torch.testing.assert_close(logits(tmp_path / "out", IDS), attached, atol=1e-4, rtol=0)
     assert (attached - logits(base, IDS)).abs().max() > 0.1
+
+
+@pytest.mark.parity
+def test_peft_reads_what_is_written_and_computes_the_same(saved, tmp_path):
+    """Ranks of their own, biases, and modules that are replaced whole, beside factors cut from gains."""
+    base = saved(make_net("llama"))
+    norm = Lora(rank=3, alpha=5, bias="all", targets=("q_proj", "up_proj"), save_modules=("model.norm",))
+    adapters = made_of(base, [norm, Dora(rank=2, alpha=7, targets=ATTENTION), MIXED["rslora"]])
+    combine(adapters, WEIGHTS, method="svd", rank=4, base=base, out=tmp_path / "out")
+    model = load_base(base)
+    model.attach(tmp_path / "out")
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain(base), tmp_path / "out")(IDS).logits
+        # two blocks of float32 sums of 32 to 40 terms
+        torch.testing.assert_close(theirs, model.logits(IDS), atol=1e-4, rtol=0)
+    assert len(set(read_adapter(tmp_path / "out").spec.rank_pattern.values())) > 0

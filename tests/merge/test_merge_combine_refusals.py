@@ -11,6 +11,7 @@ from made_bases import noisy, save_base
 from deltaw.core.adapter import Replacement
 from deltaw.errors import AdapterError, BadInput, BaseMismatch, NotMergeable, RunError, ShapeError, WorkFailed
 from deltaw.merge.combine import combine
+from deltaw.merge.compress import compress
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.dora import Dora
 from deltaw.methods.houlsby import Houlsby
@@ -176,3 +177,18 @@ def test_a_quantised_base_is_refused(base, pair, out, tmp_path):
     quantise_base(base, tmp_path / "small", Format("nf4", 32, False))
     with pytest.raises(NotMergeable, match="holds nf4 weights: give the 16- or 32-bit model"):
         combine(pair, base=tmp_path / "small", into_base=out)
+
+
+def test_a_folder_with_other_things_and_a_parents_own_are_refused_before_any_work(base, pair, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds something that is not an adapter's \(notes.txt\)"):
+        combine(pair, out=tmp_path / "full")
+    pair[0].save(tmp_path / "parent")
+    for call in (
+        lambda: combine([tmp_path / "parent", pair[1]], out=tmp_path / "parent"),
+        lambda: compress(tmp_path / "parent", tmp_path / "parent", rank=1),
+    ):
+        with pytest.raises(AdapterError, match="is an adapter that the result is made from: it would be lost"):
+            call()
+    assert read_adapter(tmp_path / "parent").id == pair[0].id

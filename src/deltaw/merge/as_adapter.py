@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +19,13 @@ from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.core.targets import select
-from deltaw.errors import BadInput, NotMergeable, TargetError
+from deltaw.errors import AdapterError, BadInput, NotMergeable, TargetError
 from deltaw.merge.factors import Cut
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.lora import Lora
 from deltaw.model.places import Places
 from deltaw.model.replaced import swapped
+from deltaw.store.peft import adapter_folder, refuse_foreign
 
 PLACING = ("targets", "exclude", "layers")
 
@@ -55,6 +57,14 @@ class Home:
     fingerprint: BaseFingerprint | None
     places: Places | None = None
     read: Callable[[str], Tensor] | None = None
+
+
+def refuse_out(out: Path, parents: Sequence[str | Path | Adapter] = ()) -> None:
+    """Raise AdapterError, before any work, unless `out` can hold the result: no other files, and none of `parents`."""
+    refuse_foreign(out)
+    for parent in parents:
+        if not isinstance(parent, Adapter) and adapter_folder(parent).resolve() == out.resolve():
+            raise AdapterError(f"{out} is an adapter that the result is made from: it would be lost. Choose another.")
 
 
 def adapter_of(change: Change, home: Home, overrides: dict[str, Any], provenance: dict[str, Any]) -> Adapter:

@@ -18,7 +18,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import BaseFingerprint, fingerprint_folder
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput, BaseMismatch, NotMergeable
-from deltaw.merge.as_adapter import PLACING, Change, Home, adapter_of
+from deltaw.merge.as_adapter import PLACING, Change, Home, adapter_of, refuse_out
 from deltaw.merge.changes import Change as Rewritten
 from deltaw.merge.checkpoint import SHARD_BYTES, Checkpoint
 from deltaw.merge.cuts import SiteCut, together
@@ -28,7 +28,7 @@ from deltaw.merge.source import Source
 from deltaw.merge.sums import LOW_RANK, Way, total
 from deltaw.merge.write import Tally, refuse_used, write_beside, write_config, write_weights
 from deltaw.model.identity import OtherBaseWarning, compare
-from deltaw.model.kinds import head_config
+from deltaw.model.kinds import fresh_tensors, head_config
 from deltaw.model.load import DTYPES, folder_format, resolve_base
 from deltaw.store.files import whole_folder
 from deltaw.store.peft import read_adapter, write_adapter
@@ -112,6 +112,7 @@ def combine(
     job.refuse_mixed_up(into_base is not None, base is not None, dtype)
     if into_base is None:
         assert out is not None
+        refuse_out(Path(out), adapters)
         with _opened(base, job) as (deltas, source, found):
             cuts, made = job.as_lora(deltas, found)
         path = write_adapter(made, out)
@@ -142,6 +143,7 @@ def _opened(base: str | Path | None, job: _Job) -> Iterator[tuple[Deltas, Source
         compare(adapter.fingerprint, found, job.allow_other_base)
     with Checkpoint(folder) as checkpoint:
         source = Source(folder, checkpoint, job.adapters, found.dtype)
+        _refuse_made_up(source, job.adapters)
         matched = [(i, w, *source.match(a)) for i, w, a in used]
         yield Deltas([Part(i, w, m) for i, w, m, _ in matched], source, matched[0][3]), source, found
 
@@ -334,6 +336,15 @@ def _refuse_unsummable(number: int, adapter: Adapter) -> None:
         raise NotMergeable(f"{what} is no change of weights: it cannot be summed with others.")
     if spec.new_tokens or any(r.rows is not None for r in adapter.replaced):
         raise NotMergeable(f"{what} has rows of vocabulary of its own: there is no sum of them with others.")
+
+
+def _refuse_made_up(source: Source, adapters: Sequence[Adapter]) -> None:
+    """Raise NotMergeable where an adapter replaces what the base's files do not hold: a head drawn by chance."""
+    drawn = {n for a in adapters for r in a.replaced if (n := r.tensor) in fresh_tensors(source.net)}
+    if drawn:
+        raise NotMergeable(
+            f"The adapters replace {min(drawn)}, which the base's files do not hold: there is no change to sum."
+        )
 
 
 def _write_base(

@@ -13,7 +13,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.affine import Affine
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput, NotMergeable
-from deltaw.merge.as_adapter import PLACING, ranks_as_settings
+from deltaw.merge.as_adapter import PLACING, ranks_as_settings, refuse_out
 from deltaw.merge.cuts import SiteCut, together
 from deltaw.merge.deltas import fitted, lazy
 from deltaw.merge.factors import Cut, Keep, cut_factors
@@ -68,6 +68,7 @@ def compress(
             "give the rank to keep, or the error to stay below: rank=8 (--rank 8), error=0.01 (--error 0.01)."
         )
     keep = Keep(rank, error)
+    refuse_out(Path(out), [adapter])
     given = adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter))
     cuts, before = _cuts(given, keep)
     sites = {n: {p: t for p, t in params.items() if p == "bias"} for n, params in given.sites.items()}

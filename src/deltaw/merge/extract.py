@@ -14,7 +14,7 @@ import torch
 from deltaw.core.fingerprint import HARD, BaseFingerprint, fingerprint_folder
 from deltaw.core.site import LinearSite
 from deltaw.errors import BadInput, BaseError, BaseMismatch, NotMergeable, ShapeError
-from deltaw.merge.as_adapter import Change, Home, adapter_of
+from deltaw.merge.as_adapter import Change, Home, adapter_of, refuse_out
 from deltaw.merge.checkpoint import Checkpoint
 from deltaw.merge.cuts import SiteCut, together
 from deltaw.merge.factors import Cut, Keep, cut_dense
@@ -81,6 +81,7 @@ def extract(
     """
     started = time.monotonic()
     keep = _keep(rank, energy)
+    refuse_out(Path(out))
     folders = [resolve_base(base), resolve_base(tuned)]
     for folder in folders:
         if (saved := folder_format(folder)) is not None:

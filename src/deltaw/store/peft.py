@@ -48,10 +48,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
     Raises AdapterError when `folder` holds anything else, WorkFailed when the disk is full.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise AdapterError(f"{folder} is a file; an adapter is a folder. Choose another name.")
-    if foreign := sorted(p.name for p in folder.glob("*") if p.name not in _OURS):
-        raise AdapterError(f"{folder} holds something that is not an adapter's ({foreign[0]}); choose another folder.")
+    refuse_foreign(folder)
     if adapter.spec.peft_type is None:
         raise AdapterError(f"Method {adapter.spec.name!r} has no adapter to save.")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in to_peft_tensors(adapter).items()}
@@ -73,6 +70,14 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
         if tokenizer is not None and adapter.spec.new_tokens:
             tokenizer.save_pretrained(aside)
     return folder
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise AdapterError where `write_adapter` would write over something that is no adapter."""
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file; an adapter is a folder. Choose another name.")
+    if foreign := sorted(p.name for p in folder.glob("*") if p.name not in _OURS):
+        raise AdapterError(f"{folder} holds something that is not an adapter's ({foreign[0]}); choose another folder.")
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
