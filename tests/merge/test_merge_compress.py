@@ -20,8 +20,9 @@ from deltaw.methods.lora import Lora
 from deltaw.methods.prompt import Prompt
 from deltaw.methods.vera import Vera
 from deltaw.model.base import load_base
-from deltaw.store.peft import read_adapter
-from models import make_ids, make_net
+from deltaw.model.load import load_tokenizer
+from deltaw.store.peft import read_adapter, write_adapter
+from models import make_ids, make_net, randomise
 
 IDS = make_ids()
 
@@ -143,6 +144,22 @@ def test_a_rank_above_its_own_changes_nothing(base, tmp_path):
     assert report.error == 0.0
     for site in found.sites:
         torch.testing.assert_close(lora_change(found, site), lora_change(adapter, site), rtol=1e-6, atol=1e-7)
+
+
+def test_new_vocabulary_stays_with_its_tokenizer(base, tmp_path):
+    model = load_base(base)
+    model.attach(Lora(rank=5, alpha=3, new_tokens=("<one>", "<two>")))
+    randomise(model)
+    write_adapter(model.adapter(), tmp_path / "grown", model.tokenizer)
+    compress(tmp_path / "grown", tmp_path / "out", rank=2)
+    before, after = (read_adapter(tmp_path / name) for name in ("grown", "out"))
+    assert [(r.tensor, r.rows, r.value.tolist()) for r in after.replaced] == [
+        (r.tensor, r.rows, r.value.tolist()) for r in before.replaced
+    ]
+    assert len(after.replaced) > 0
+    for name in ("grown", "out"):
+        assert load_tokenizer(tmp_path / name).convert_tokens_to_ids("<two>") == 54
+    load_base(base).attach(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

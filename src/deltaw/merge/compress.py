@@ -19,7 +19,8 @@ from deltaw.merge.deltas import fitted, lazy
 from deltaw.merge.factors import Cut, Keep, cut_factors
 from deltaw.methods.lora import Lora
 from deltaw.methods.lowrank import LowRank
-from deltaw.store.peft import read_adapter, write_adapter
+from deltaw.model.load import load_tokenizer
+from deltaw.store.peft import adapter_folder, read_adapter, write_adapter
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def compress(
         shared={},
         provenance={**noted, "parents": [given.id], "compress": {"rank": rank, "error": error}},
     )
-    path = write_adapter(made, out)
+    path = write_adapter(made, out, _words(adapter, given.spec))
     return CompressReport(
         out=str(path),
         adapter=made.id,
@@ -132,6 +133,14 @@ def _spec(spec: MethodSpec, ranks: dict[str, int]) -> MethodSpec:
         return type(spec)(**{**spec.model_dump(), **settings})
     kept = {key: getattr(spec, key) for key in (*PLACING, "save_modules", "new_tokens")}
     return Lora(**settings, **kept)
+
+
+def _words(adapter: str | Path | Adapter, spec: MethodSpec) -> Any:
+    """The tokenizer that lies beside an adapter with new tokens, for PEFT; None where there is none."""
+    if isinstance(adapter, Adapter) or not spec.new_tokens:
+        return None
+    folder = adapter_folder(adapter)
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def _tensor_bytes(adapter: Adapter) -> int:
