@@ -8,15 +8,17 @@ import pytest
 import torch
 from made_bases import logits, noisy, plain, renamed_base, stored
 from made_deltas import applied, dense_changes, lora_change
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from deltaw.merge.combine import combine
 from deltaw.methods.bitfit import BitFit
 from deltaw.methods.dora import Dora
 from deltaw.methods.ia3 import Ia3
+from deltaw.methods.longlora import LongLora
 from deltaw.methods.lora import Lora
 from deltaw.methods.vera import Vera
 from deltaw.model.base import load_base
+from deltaw.model.identity import OtherBaseWarning
 from deltaw.store.peft import read_adapter
 from models import ARCHITECTURES, make_ids, make_net
 
@@ -223,3 +225,63 @@ def test_peft_reads_what_is_written_and_computes_the_same(saved, tmp_path):
         # two blocks of float32 sums of 32 to 40 terms
         torch.testing.assert_close(theirs, model.logits(IDS), atol=1e-4, rtol=0)
     assert len(set(read_adapter(tmp_path / "out").spec.rank_pattern.values())) > 0
+
+
+PEFT_CONFIGS = {
+    "llama": (
+        {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"up_proj": 5}, "bias": "lora_only"},
+    ),
+    "gpt2": (
+        {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "alpha_pattern": {"c_attn": 7}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("kind", PEFT_CONFIGS)
+def test_adapters_that_peft_saved_are_summed_as_peft_merges_each(saved, tmp_path, kind):
+    base = saved(make_net(kind))
+    before, weights = stored(base), [0.7, -0.4]
+    wanted = {n: t.double() for n, t in before.items()}
+    for i, settings in enumerate(PEFT_CONFIGS[kind]):
+        model = get_peft_model(plain(base), LoraConfig(r=3 + i, lora_alpha=5, task_type="CAUSAL_LM", **settings))
+        rng = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+        model.save_pretrained(tmp_path / f"a{i}")
+        for name, value in model.merge_and_unload().state_dict().items():
+            if name in wanted:
+                wanted[name] += weights[i] * (value.double() - before[name].double())
+
+    with pytest.warns(OtherBaseWarning, match="unknown, not checked"):
+        combine([tmp_path / "a0", tmp_path / "a1"], weights, base=base, into_base=tmp_path / "out")
+
+    found = stored(tmp_path / "out")
+    moved = [n for n in wanted if not torch.equal(found[n], before[n])]
+    assert len(moved) == (2 * 14 + 1 if kind == "llama" else 2 * 4)
+    for name in wanted:
+        torch.testing.assert_close(found[name].double(), wanted[name], atol=2e-6, rtol=2e-6, msg=name)
+
+
+def test_longlora_is_summed_where_the_positions_are_the_same(saved, tmp_path):
+    base = saved(make_net("llama"))
+    far = LongLora(rank=3, alpha=5, max_positions=128)
+    adapters = [noisy(base, far), noisy(base, LongLora(rank=2, alpha=7, max_positions=128), seed=2)]
+    combine(adapters, [0.6, -0.3], base=base, out=tmp_path / "adapter")
+    combine(adapters, [0.6, -0.3], base=base, into_base=tmp_path / "out")
+    model = load_base(base)
+    model.attach(tmp_path / "adapter")
+    with torch.no_grad():
+        found = model.logits(IDS)
+        model.detach()
+        for i, adapter in enumerate(adapters):
+            model.attach(adapter, name=str(i))
+        model.use({"0": 0.6, "1": -0.3})
+        wanted = model.logits(IDS)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(tmp_path / "out", IDS), wanted, atol=1e-4, rtol=0)

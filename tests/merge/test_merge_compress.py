@@ -9,8 +9,10 @@ import torch
 from made_bases import noisy, plain
 from made_deltas import lora_change
 
+from deltaw.core.adapter import Adapter
 from deltaw.core.site import LinearSite
 from deltaw.errors import BadInput, NotMergeable, WorkFailed
+from deltaw.merge.combine import combine
 from deltaw.merge.compress import compress
 from deltaw.merge.factors import Keep, cut_dense, cut_factors, tails
 from deltaw.methods.bitfit import BitFit
@@ -22,7 +24,7 @@ from deltaw.methods.vera import Vera
 from deltaw.model.base import load_base
 from deltaw.model.load import load_tokenizer
 from deltaw.store.peft import read_adapter, write_adapter
-from models import make_ids, make_net, randomise
+from models import make_fingerprint, make_ids, make_net, randomise
 
 IDS = make_ids()
 
@@ -202,6 +204,23 @@ def test_factors_and_the_dense_matrix_are_cut_alike_and_lose_the_tail():
             assert float((cut.B.double() @ cut.A.double() - best(dense, rank)).norm() / dense.norm()) < 1e-6
     torch.testing.assert_close(tails(S)[0], dense.norm())
     assert float(tails(S)[-1]) == 0.0
+
+
+def test_no_dense_matrix_is_made(tmp_path):
+    """One of these would have 320 GB."""
+    n, rng = 200_000, torch.Generator().manual_seed(0)
+    place = LinearSite("m.w", n, n)
+    params = {
+        "A": torch.randn(4, n, generator=rng),
+        "B": torch.randn(n, 4, generator=rng) * torch.tensor([9, 3, 1, 0.1]),
+    }
+    adapter = Adapter(Lora(rank=4, alpha=4, targets=("w",)), {"m.w": params}, (place,), fingerprint=make_fingerprint())
+    report = compress(adapter, tmp_path / "small", error=0.05)
+    assert [c.rank for c in report.sites] == [3]
+    report = combine([adapter, tmp_path / "small"], [1.0, -1.0], method="svd", rank=1, out=tmp_path / "rest")
+    # what is left is the last direction: 0.1 of the first's 9
+    assert report.sites[0].error < 1e-3
+    assert report.sites[0].norm == pytest.approx(0.1 * n, rel=0.05)
 
 
 def test_more_factors_than_rows_and_no_change_at_all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from deltaw.core.fingerprint import fingerprint_folder
 from deltaw.errors import BadInput, BaseError, BaseMismatch, NotMergeable, ShapeError
 from deltaw.merge.bake import bake
+from deltaw.merge.checkpoint import Checkpoint
 from deltaw.merge.extract import extract
 from deltaw.model.base import load_base
 from deltaw.store.peft import read_adapter
@@ -123,10 +125,21 @@ def test_a_bias_without_its_matrix_and_a_tie_that_was_cut(saved, tmp_path):
     torch.testing.assert_close(attached(base, tmp_path / "out"), logits(tuned, IDS), **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_half_precision_and_shards_are_read_as_they_are(saved, tmp_path, dtype):
-    base, tuned = pair(saved, "llama", dtype=dtype, shard="20KB")
-    extract(base, tuned, tmp_path / "out", rank=1000)
+def test_half_precision_and_shards_are_read_as_they_are_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
+    base, tuned = pair(saved, "llama", dtype=torch.bfloat16, shard="20KB")
+    assert len(list(base.glob("*.safetensors"))) == 2
+    alive: list[weakref.ref] = []
+
+    def read(self, key, own=Checkpoint.stored):
+        assert sum(ref() is not None for ref in alive) <= 1  # the base's, while the tuned one is read
+        tensor = own(self, key)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    with monkeypatch.context() as watched:
+        watched.setattr(Checkpoint, "stored", read)
+        extract(base, tuned, tmp_path / "out", rank=1000)
+    assert len(alive) == 2 * len(stored(base))
     bake(base, tmp_path / "out", tmp_path / "merged", dtype="float32", measure=False)
     before, after = stored(tuned), stored(tmp_path / "merged")
     for name, value in before.items():

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from deltaw.core.fingerprint import HARD, BaseFingerprint, fingerprint_folder
-from deltaw.core.site import LinearSite
 from deltaw.errors import BadInput, BaseError, BaseMismatch, NotMergeable, ShapeError
 from deltaw.merge.as_adapter import Change, Home, adapter_of, refuse_out
 from deltaw.merge.checkpoint import Checkpoint
 from deltaw.merge.cuts import SiteCut, together
-from deltaw.merge.factors import Cut, Keep, cut_dense
+from deltaw.merge.factors import Keep, cut_dense
 from deltaw.merge.source import Source
 from deltaw.model.load import folder_format, resolve_base
 from deltaw.model.places import Places
@@ -142,30 +141,31 @@ def _changes(base: Source, tuned: Source, keep: Keep, say: Say) -> Change:
         raise BaseMismatch("The two models have different tensors: one has a head that the other has not.")
     change = Change()
     for name in base.tensors:
-        before, after = base.read(name), tuned.read(name)
-        if before.shape != after.shape:
-            raise ShapeError(
-                f"{name} is {tuple(before.shape)} in the base and {tuple(after.shape)} in the tuned model: a "
-                "vocabulary that grew is no change of the base's weights, and is not extracted."
-            )
-        if not bool(torch.isfinite(after).all()):
-            raise BaseError(f"the tuned model holds NaN or infinity in {name}: take an earlier checkpoint of it.")
-        if torch.equal(before, after) if before.dtype == after.dtype else not bool((before != after).any()):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        site = base.sites.get(owner)
-        if site is None or site.kind == "embedding" or leaf not in ("weight", "bias"):
-            change.replaced[name] = after.clone()
-        elif leaf == "bias":
-            change.biases[owner] = after.float()
-        else:
-            delta = after.double().sub_(before)
-            del before, after
-            change.maps[owner] = _map(delta, site, keep)
-            cut = change.maps[owner]
-            say(f"{owner}: rank {cut.rank}, error {cut.error:.3g} of {cut.norm:.3g}")
+        _compare(name, base, tuned, keep, say, change)
     return change
 
 
-def _map(delta: torch.Tensor, site: LinearSite, keep: Keep) -> Cut:
-    return cut_dense(delta if site.kind == "linear" else delta.T, keep, site.name)
+def _compare(name: str, base: Source, tuned: Source, keep: Keep, say: Say, change: Change) -> None:
+    """Put what differs in one tensor into `change`."""
+    before, after = base.read(name), tuned.read(name)
+    if before.shape != after.shape:
+        raise ShapeError(
+            f"{name} is {tuple(before.shape)} in the base and {tuple(after.shape)} in the tuned model: a vocabulary "
+            "that grew is no change of the base's weights, and is not extracted."
+        )
+    if not bool(torch.isfinite(after).all()):
+        raise BaseError(f"the tuned model holds NaN or infinity in {name}: take an earlier checkpoint of it.")
+    if torch.equal(before, after) if before.dtype == after.dtype else not bool((before != after).any()):
+        return
+    owner, _, leaf = name.rpartition(".")
+    site = base.sites.get(owner)
+    if site is None or site.kind == "embedding" or leaf not in ("weight", "bias"):
+        change.replaced[name] = after.clone()
+    elif leaf == "bias":
+        change.biases[owner] = after.float()
+    else:
+        delta = after.double().sub_(before)
+        del before, after
+        cut = cut_dense(delta if site.kind == "linear" else delta.T, keep, owner)
+        change.maps[owner] = cut
+        say(f"{owner}: rank {cut.rank}, error {cut.error:.3g} of {cut.norm:.3g}")

@@ -79,9 +79,12 @@ def total(deltas: Sequence[tuple[int, float, Tensor]], way: Way, where: str) -> 
     where   the tensor's name: chance depends on it, on the seed and on the adapter's number, on nothing else
     """
     kept = [weight * _pruned(delta, way, where, number) for number, weight, delta in deltas]
+    summed = torch.zeros_like(kept[0])
+    for value in kept:
+        summed += value
     if not way.elects:
-        return torch.stack(kept).sum(0) if len(kept) > 1 else kept[0]
-    sign = torch.stack(kept).sum(0).sign()
+        return summed
+    sign = summed.sign()
     agreed, votes = torch.zeros_like(sign), torch.zeros_like(sign)
     for value in kept:
         agrees = (value * sign) > 0
