@@ -78,8 +78,9 @@ def adapter_of(change: Change, home: Home, overrides: dict[str, Any], provenance
     if home.places is not None and home.read is not None:
         for name, site in home.places.sites.items():
             inside = any(name == o or name.startswith(o + ".") for o in owners)
-            if not inside and "bias" in spec.shapes(site, name in change.maps) and (name in sites or spec.wants(site)):
-                sites.setdefault(name, {}).setdefault("bias", home.read(f"{name}.bias").float().clone())
+            has = "bias" in spec.shapes(site, name in change.maps) and (name in sites or spec.wants(site))
+            if has and not inside and "bias" not in sites.get(name, {}):
+                sites.setdefault(name, {})["bias"] = home.read(f"{name}.bias").float().clone()
         for name in swapped(spec, home.places):
             if name not in replaced:
                 replaced[name] = home.read(name).clone()
