@@ -238,9 +238,10 @@ def test_more_factors_than_rows_and_no_change_at_all():
 def test_patterns_say_each_rank_once_and_shortly():
     from deltaw.merge.as_adapter import ranks_as_settings
 
-    ranks = {f"m.layers.{i}.{r}": n for i in range(12) for r, n in (("q", 5), ("v", 2 + (i == 1)), ("up", 3))}
+    ranks = {f"m.layers.{i}.{r}": n for i in range(12) for r, n in (("q", 5), ("o", 7), ("v", 2 + (i == 1)), ("up", 3))}
     ranks["m.layers.2.up"] = 4
     spec = Lora(**ranks_as_settings(ranks))
-    assert spec.rank == 5 or len(spec.rank_pattern) < 30
+    assert spec.rank_pattern["o"] == 7
+    assert not [key for key in spec.rank_pattern if key.endswith(".o")]
     for name, rank in ranks.items():
         assert (spec.rank_at(LinearSite(name, 9, 9)), spec.scale_at(LinearSite(name, 9, 9))) == (rank, 1.0)
