@@ -10,7 +10,6 @@ from pathlib import Path
 import typer
 
 from deltaw.cli import data, export
-from deltaw.cli import data
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
 from deltaw.cli.eval import evaluate
