@@ -83,10 +83,10 @@ class Rounded:
 def rounded(before: Tensor, after: Tensor, how: Rounding) -> Rounded:
     """What rounding leaves of the update from `before` to `after`, both [out, in] float32."""
     was, now = how(before), how(after)
-    return left(before, after, was, now)
+    return left_after(before, after, was, now)
 
 
-def left(before: Tensor, after: Tensor, was: Tensor, now: Tensor) -> Rounded:
+def left_after(before: Tensor, after: Tensor, was: Tensor, now: Tensor) -> Rounded:
     """The same where both are rounded already: `was` is the rounded base, `now` the rounded sum."""
     d = (after - before).double()
     e = (now - was).double()

@@ -6,7 +6,7 @@ hold; tensors are read from the files one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -17,8 +17,11 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.affine import Affine, merged
 from deltaw.core.site import LinearSite
 from deltaw.core.weight import Weight
-from deltaw.diagnose.precision import Rounded, Rounding, rounded
+from deltaw.diagnose.precision import Rounded, Rounding, left_after, rounded, rounding
 from deltaw.diagnose.spectrum import Spectrum, dense_values, factor_values, summarise
+from deltaw.errors import BadInput
+from deltaw.merge.checkpoint import FLOATS
+from deltaw.merge.rounded import RoundedCheckpoint
 from deltaw.merge.source import Source
 
 
@@ -99,14 +102,18 @@ def measure_alone(adapter: Adapter) -> tuple[list[SiteRow], list[str]]:
 
 
 @torch.no_grad()
-def measure_on(adapter: Adapter, source: Source, formats: dict[str, Rounding]) -> list[SiteRow]:
+def measure_on(
+    adapter: Adapter, source: Source, formats: dict[str, Rounding], merged_into: Source | None = None
+) -> list[SiteRow]:
     """Rows of every linear map that the adapter changes, with the base's weights.
 
-    formats  by name, what the merged weights would be rounded to
+    formats      by name, what the merged weights would be rounded to
+    merged_into  a model that this adapter was merged into: what is left there is added as "written"
 
     Raises AdapterError where the adapter does not fit the base.
     """
     made, places = source.match(adapter)
+    written, as_written = _written(adapter, merged_into)
     rows = []
     for name, place in made.places.items():
         form = made.lowered(name, places)
@@ -125,8 +132,25 @@ def measure_on(adapter: Adapter, source: Source, formats: dict[str, Rounding]) -
         else:
             spectrum = summarise(dense_values(after - w))
         left = {f: rounded(w, after, how) for f, how in formats.items()}
+        if written is not None:
+            now = written[name].dense(torch.float32)
+            if now.shape != w.shape:
+                raise BadInput(f"{name} is {tuple(now.shape)} in the merged model and {tuple(w.shape)} in the base.")
+            left["written"] = left_after(w, after, as_written(w), now)
         rows.append(_row(place, form, spectrum, spectrum.norm, w, moved, left))
     return rows
+
+
+def _written(adapter: Adapter, into: Source | None) -> tuple[Mapping[str, Weight] | None, Rounding]:
+    """The weights of a merged model, and how they are rounded."""
+    if into is None:
+        return None, rounding("float32")
+    checkpoint = into.checkpoint
+    if isinstance(checkpoint, RoundedCheckpoint):
+        return into.match(adapter)[1].weights, rounding(str(checkpoint.how))
+    dtypes = {FLOATS[e.dtype] for e in checkpoint.entries.values() if e.dtype in FLOATS}
+    coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps)
+    return into.match(adapter)[1].weights, lambda w: w.to(coarsest).float()
 
 
 def _row(
