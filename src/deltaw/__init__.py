@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deltaw.export.llama_cpp import export_gguf
     from deltaw.export.peft import export_peft
     from deltaw.export.vllm import export_vllm
+    from deltaw.diagnose.diagnose import Diagnosis, diagnose
     from deltaw.merge.bake import bake
     from deltaw.merge.combine import combine
     from deltaw.merge.compress import compress
@@ -33,6 +34,7 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "Adapter": ("deltaw.core.adapter", "Adapter"),
     "Affine": ("deltaw.core.affine", "Affine"),
     "BaseFingerprint": ("deltaw.core.fingerprint", "BaseFingerprint"),
+    "Diagnosis": ("deltaw.diagnose.diagnose", "Diagnosis"),
     "Model": ("deltaw.model.model", "Model"),
     "Replacement": ("deltaw.core.adapter", "Replacement"),
     "Recipe": ("deltaw.train.recipe", "Recipe"),
@@ -43,6 +45,7 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "combine": ("deltaw.merge.combine", "combine"),
     "compress": ("deltaw.merge.compress", "compress"),
     "extract": ("deltaw.merge.extract", "extract"),
+    "diagnose": ("deltaw.diagnose.diagnose", "diagnose"),
     "load_adapter": ("deltaw.store.peft", "read_adapter"),
     "load_base": ("deltaw.model.base", "load_base"),
     "load_recipe": ("deltaw.train.recipe", "load_recipe"),
@@ -55,6 +58,7 @@ __all__ = [
     "Affine",
     "BaseFingerprint",
     "DeltawError",
+    "Diagnosis",
     "Model",
     "Recipe",
     "Replacement",
@@ -65,6 +69,7 @@ __all__ = [
     "export_peft",
     "export_vllm",
     "extract",
+    "diagnose",
     "load_adapter",
     "load_base",
     "load_recipe",

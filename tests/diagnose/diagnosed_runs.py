@@ -32,7 +32,7 @@ def save_base(folder: Path, seed: int = 0, kind: str = "llama", dtype: torch.dty
 
 
 def rows(n: int, n_answers: int, seed: int = 0) -> list[dict[str, str]]:
-    """n different keys of three letters, each with one of n_answers answers of two letters: nothing but memory helps."""
+    """n different keys of three letters, each with one of n_answers answers of two letters, to be learned by heart."""
     rng = random.Random(seed)
     keys = rng.sample([a + b + c for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"], n)
     answers = rng.sample([a + b for a in "abcdefghijkl" for b in "mnopqrstuvwx"], n_answers)

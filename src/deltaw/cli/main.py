@@ -12,6 +12,8 @@ import typer
 from deltaw.cli import data, export
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
+from deltaw.cli import data
+from deltaw.cli.diagnose import diagnose
 from deltaw.cli.eval import evaluate
 from deltaw.cli.extract import extract
 from deltaw.cli.fetch import fetch
@@ -42,6 +44,7 @@ app.command("extract")(extract)
 app.command("compress")(compress)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect)
+app.command("diagnose")(diagnose)
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
 

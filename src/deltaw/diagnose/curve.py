@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Curve:
     noise       of the mean of one segment
     moved       share of `start` that was learned: (start - final) / start
     has_fallen  whether `final` is below `start` by more than noise
-    plateau_step  the step after which no segment is better by more than noise and 5 % of the drop; None: it fell to the end
+    plateau_step  after it no segment is better by more than noise and 5 % of the drop; None: it fell to the end
     plateau_lr  share of the summed learning rate that was spent by then: a schedule that ends at zero makes every curve
                 flat at its end, so a plateau is early only if much of the learning rate came after it
     rise        how far the last quarter is above the best segment, as a share of what was learned by then
@@ -103,7 +104,8 @@ def read_log(run: Path) -> Log | None:
         except (ValueError, TypeError):
             if number == len(lines):  # a killed process wrote half a line
                 continue
-            raise RunError(f"{path}:{number} is no event: {line[:60]!r}. Restore the file, or diagnose the adapter.") from None
+            what = f"{path}:{number} is no event: {line[:60]!r}"
+            raise RunError(f"{what}. Restore the file, or diagnose the adapter alone.") from None
     try:
         return _understood(events, (run / "done.json").is_file())
     except (KeyError, TypeError, ValueError) as problem:
@@ -133,12 +135,12 @@ def read_curve(steps: tuple[StepPoint, ...]) -> Curve | None:
     if n < FEWEST_STEPS or not all(map(math.isfinite, losses)):
         return None
     cuts = [round(i * n / SEGMENTS) for i in range(SEGMENTS + 1)]
-    means = [statistics.fmean(losses[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    means = [statistics.fmean(losses[a:b]) for a, b in pairwise(cuts)]
     start = statistics.fmean(losses[: max(1, n // 40)])
     tail = losses[n - n // 4 :]
     final = statistics.fmean(tail)
     later = losses[n // 4 :]
-    step_noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in zip(later, later[1:], strict=False)) / 2)
+    step_noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in pairwise(later)) / 2)
     noise = step_noise / math.sqrt(n / SEGMENTS)
     best_at = min(range(SEGMENTS), key=means.__getitem__)
     best = means[best_at]
@@ -147,6 +149,7 @@ def read_curve(steps: tuple[StepPoint, ...]) -> Curve | None:
     at = next(k for k in range(SEGMENTS) if min(means[k:]) >= means[k] - margin)
     settled = at < SEGMENTS - 2
     rise = final - best
+    threes = map(statistics.fmean, zip(losses, losses[1:], losses[2:], strict=False))
     rates = [s.lr for s in steps]
     spent = sum(rates[: cuts[at + 1]]) / sum(rates) if sum(rates) > 0 else cuts[at + 1] / n
     return Curve(
@@ -161,5 +164,5 @@ def read_curve(steps: tuple[StepPoint, ...]) -> Curve | None:
         plateau_lr=spent if settled else None,
         rise=rise / learned if learned > 0 else 0.0,
         has_risen=best_at < SEGMENTS - 1 and rise > SURE * noise * math.sqrt(1.5),
-        peak=max(map(statistics.fmean, zip(losses, losses[1:], losses[2:], strict=False))) / start if start > 0 else 1.0,
+        peak=max(threes) / start if start > 0 else 1.0,
     )

@@ -194,7 +194,7 @@ class _Work:
         if rate is not None:
             rate *= (train.get("optimizer") or {}).get("lora_plus_ratio", 1.0)
         else:
-            self.skip("steps against weights", "the learning rate is not known: no run and no recipe beside the adapter")
+            self.skip("steps against weights", "neither a run nor the adapter tells the learning rate")
         scale = None if not rank or alpha is None else alpha / (rank**0.5 if own.get("rslora") else rank)
         return {"rate": rate, "alpha": alpha, "rank": rank, "scale": scale}
 
@@ -208,7 +208,7 @@ class _Work:
         elif isinstance(named, str) and (Path(named).is_dir() or _cached(named)):
             self.folder = resolve_base(named)
         else:
-            self.skip("norms of the weights, base and merging", f"no base is given, and {named} is not here: give --base")
+            self.skip("norms of the weights, base and merging", f"{named} is not here: give the base as --base")
             return
         found = fingerprint_folder(self.folder)
         if self.adapter is None:
@@ -274,7 +274,8 @@ class _Work:
         self.say("loading the base")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what differs from the adapter's base is said already
-            model = load_base(self.folder, dtype="auto", labels=labels_for(self.folder, self.path, None), **as_quantised)
+            labels = labels_for(self.folder, self.path, None)
+            model = load_base(self.folder, dtype="auto", labels=labels, **as_quantised)
             model.attach(self.adapter, name="it")
         return model
 
@@ -289,7 +290,7 @@ class _Work:
         general = general or (GENERAL if GENERAL.is_file() else None)
         text = text or (TEXT if TEXT.is_file() else None)
         if general is None and text is None:
-            raise BadInput(f"--forgetting needs files: there is no {GENERAL} and no {TEXT} here. Give --general, --text.")
+            raise BadInput(f"--forgetting: neither {GENERAL} nor {TEXT} is here. Give --general and --text.")
         if not self._can_compute("forgetting"):
             return
         for what, file in (("general questions", general), ("perplexity on general text", text)):

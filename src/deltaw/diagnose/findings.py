@@ -19,7 +19,7 @@ from deltaw.diagnose.precision import Rounded
 from deltaw.diagnose.sites import SiteRow
 
 FLAT = 0.3  # last singular value over the first: more ends while it is flat
-LEFT = 0.15  # share of the first loss that is left where a rank that was too low stopped
+LEFT, MUCH_LEFT = 0.15, 0.25  # share of the first loss that is left where a rank that was too low stopped
 MOVED = 0.15  # share of the first loss that must have been learned: else the rank is not what was missing
 LATE = 0.95  # share of the learning rate after which a plateau is only the end of the schedule
 STEP = 0.02  # of a weight's row that one step can turn it by
@@ -291,8 +291,8 @@ def nothing_learned(facts: Facts) -> Finding | None:
     return Finding(
         "nothing_learned",
         "The loss did not move",
-        f"In {len(log.steps)} steps the loss went from {curve.start:.3g} to {curve.final:.3g}, which is within its noise.",
-        "Look at what is to be learned (deltaw data show RECIPE): are the targets marked? Then raise the learning rate.",
+        f"In {len(log.steps)} steps the loss went from {curve.start:.3g} to {curve.final:.3g}: that is its noise.",
+        "See what is to be learned with deltaw data show RECIPE: are the targets marked? Then raise the learning rate.",
     )
 
 
@@ -304,8 +304,8 @@ def rank_too_low(facts: Facts) -> Finding | None:
     low = [r for r in facts.rows if r.spectrum is not None and r.rank and r.spectrum.given == min(r.rank, *r.shape)]
     if curve is None or not low or curve.plateau_lr is None or overfitting(facts) is not None:
         return None
-    flat = [r for r in low if r.rank == 1 or (r.spectrum is not None and r.spectrum.last >= FLAT)]
     rest = curve.final / curve.start if curve.start > 0 else 0.0
+    flat = [r for r in low if _is_flat(r, rest)]
     if len(flat) <= len(low) / 2 or not LEFT <= rest <= 1 - MOVED or curve.plateau_lr > LATE:
         return None
     if not curve.has_fallen or (curve.has_risen and curve.rise >= RISE) or curve.peak >= PEAK:
@@ -315,18 +315,25 @@ def rank_too_low(facts: Facts) -> Finding | None:
     spectrum = (
         "rank 1 leaves one direction a place"
         if ranks == [1]
-        else f"at {len(flat)} of {len(low)} places the spectrum is still flat at its last value (median {last:.2f} of the first)"
+        else f"at {len(flat)} of {len(low)} places the spectrum is still flat at its end (last over first: {last:.2f})"
     )
     more = max(ranks) * 4
     return Finding(
         "rank_too_low",
-        "The rank is too low",
+        "The rank looks too low",
         f"The loss stopped falling at step {curve.plateau_step} of {facts.log.steps[-1].step if facts.log else 0}, at "
         f"{curve.final:.3g}, {rest:.0%} of where it began; {spectrum}.",
         f"Train with rank {more} (alpha {2 * more}), or with more targets. To be sure, before a long run: "
         f"deltaw diagnose RUN --try-rank {more} repeats these steps with that rank and compares.",
         tuple(r.name for r in flat[:20]),
     )
+
+
+def _is_flat(row: SiteRow, rest: float) -> bool:
+    """Whether a spectrum ends while it is flat; of two values less says so where much of the loss is left."""
+    assert row.spectrum is not None
+    least = FLAT / 2 if row.rank == 2 and rest >= MUCH_LEFT else FLAT
+    return row.rank == 1 or row.spectrum.last >= least
 
 
 def _tried(trial: Trial) -> Finding | None:
@@ -351,7 +358,8 @@ def overfitting(facts: Facts) -> Finding | None:
         return None
     best = min(evals, key=lambda e: e.loss or 0.0)
     last = evals[-1]
-    assert best.loss is not None and last.loss is not None
+    assert best.loss is not None
+    assert last.loss is not None
     if last.loss - best.loss < max(0.1 * best.loss, 0.05):
         return None
     width = max(1, len(log.steps) // 8)
@@ -362,7 +370,7 @@ def overfitting(facts: Facts) -> Finding | None:
     return Finding(
         "overfitting",
         "The run learned its rows by heart",
-        f"From step {best.step} to {last.step} the loss on validation rows rose from {best.loss:.3g} to {last.loss:.3g}, "
+        f"From step {best.step} to {last.step} the validation loss rose from {best.loss:.3g} to {last.loss:.3g}, "
         f"while the training loss fell from {statistics.fmean(upto):.3g} to {statistics.fmean(end):.3g}.",
         "Train for fewer steps, on more rows, or keep the best adapter (eval.keep: best, eval.patience).",
     )
@@ -375,8 +383,7 @@ def merge_precision(facts: Facts) -> Finding | None:
         return None
     said = [
         f"{'as it was merged' if name == 'written' else f'merged in {name}'}, rounding has {r.error:.3g} times the "
-        f"update's energy and {max(0.0, min(1.0, r.kept)):.0%} of the update is left along itself; {r.lost:.0%} of the "
-        "changed weights are the base's again"
+        f"update's energy (under {SWALLOWED:g} is bearable); {r.lost:.0%} of the changed weights are the base's again"
         for name, r in lost.items()
     ]
     return Finding(
@@ -394,8 +401,9 @@ def forgot(facts: Facts) -> Finding | None:
     if f is None:
         return None
     said = []
-    if f.perplexity_before and f.perplexity_after is not None and f.perplexity_after >= PERPLEXITY * f.perplexity_before:
-        said.append(f"perplexity on general text went from {f.perplexity_before:.4g} to {f.perplexity_after:.4g}")
+    before, after = f.perplexity_before, f.perplexity_after
+    if before is not None and after is not None and after >= PERPLEXITY * before:
+        said.append(f"perplexity on general text went from {before:.4g} to {after:.4g}")
     if f.n and f.right_before - f.right_after >= POINTS * f.n and f.chance < CHANCE:
         said.append(
             f"of {f.n} general questions {f.right_after} are answered right instead of {f.right_before} "

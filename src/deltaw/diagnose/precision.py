@@ -1,11 +1,11 @@
 """What is left of an update once the merged weights are rounded to a number format.
 
-    d = W' - W                       the update in float32
-    e = round(W') - round(W)         what the merged model has over the rounded base
+d = W' - W                       the update in float32
+e = round(W') - round(W)         what the merged model has over the rounded base
 
-    kept   = <e, d> / <d, d>         share of the update that points where it should: 1 is all of it
-    error  = |e - d|^2 / |d|^2       energy of the rounding against that of the update: 1 is as much noise as update
-    lost   = share of changed weights that round to what the base's weight rounds to
+kept   = <e, d> / <d, d>         share of the update that points where it should: 1 is all of it
+error  = |e - d|^2 / |d|^2       energy of the rounding against that of the update: 1 is as much noise as update
+lost   = share of changed weights that round to what the base's weight rounds to
 """
 
 from __future__ import annotations

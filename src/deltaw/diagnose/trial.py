@@ -39,7 +39,7 @@ def try_rank(identity: dict[str, Any], log: Log, rank: int, base: Path | None, d
         raise RunError(f"--try-rank {rank}: the run has {len(log.steps)} steps; fewer than {FEWEST_STEPS} say nothing.")
     path = data or recipe["data"].get("train")
     if path is None or not Path(path).exists():
-        raise DataError(f"--try-rank {rank} needs the run's training rows, and {path} is not there: give them as --data.")
+        raise DataError(f"--try-rank {rank} needs the run's training rows; {path} is not there: give them as --data.")
     rows = read_rows(path)
     if data_hash(rows) != identity["data"]:
         raise DataError(f"{path} does not hold the rows that the run was trained on (their hash differs). Give those.")
