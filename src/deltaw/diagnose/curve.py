@@ -59,12 +59,12 @@ class Log:
 class Curve:
     """What the losses of a run of FEWEST_STEPS or more say. Losses are nats a target token.
 
-    start       of the first steps (the base's own loss, but for noise)
+    start       of the first step: the base's own, on that step's rows
     final       mean of the last quarter;  best: of the best segment
     means       of the segments
     noise       of the mean of one segment
     moved       share of `start` that was learned: (start - final) / start
-    has_fallen  whether `final` is below `start` by more than noise
+    has_fallen  whether `final` is below the first step's loss, or the first segment's, by more than its noise
     plateau_step  after it no segment is better by more than noise and 5 % of the drop; None: it fell to the end
     plateau_lr  share of the summed learning rate that was spent by then: a schedule that ends at zero makes every curve
                 flat at its end, so a plateau is early only if much of the learning rate came after it
@@ -136,12 +136,12 @@ def read_curve(steps: tuple[StepPoint, ...]) -> Curve | None:
         return None
     cuts = [round(i * n / SEGMENTS) for i in range(SEGMENTS + 1)]
     means = [statistics.fmean(losses[a:b]) for a, b in pairwise(cuts)]
-    start = statistics.fmean(losses[: max(1, n // 40)])
     tail = losses[n - n // 4 :]
     final = statistics.fmean(tail)
     later = losses[n // 4 :]
     step_noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in pairwise(later)) / 2)
     noise = step_noise / math.sqrt(n / SEGMENTS)
+    start = losses[0]
     best_at = min(range(SEGMENTS), key=means.__getitem__)
     best = means[best_at]
     learned = max(start, *means) - best
@@ -159,7 +159,7 @@ def read_curve(steps: tuple[StepPoint, ...]) -> Curve | None:
         means=tuple(means),
         noise=noise,
         moved=(start - final) / start if start > 0 else 0.0,
-        has_fallen=start - final > SURE * noise,
+        has_fallen=max(start - SURE * step_noise, means[0] - SURE * noise) > final,
         plateau_step=steps[cuts[at + 1] - 1].step if settled else None,
         plateau_lr=spent if settled else None,
         rise=rise / learned if learned > 0 else 0.0,

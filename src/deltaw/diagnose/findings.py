@@ -286,7 +286,9 @@ def diverged(facts: Facts) -> Finding | None:
 def nothing_learned(facts: Facts) -> Finding | None:
     """A loss that did not move although there were steps enough."""
     curve, log = facts.curve, facts.log
-    if curve is None or log is None or len(log.steps) < 32 or curve.has_fallen or abs(curve.moved) >= 0.01:
+    if curve is None or log is None or len(log.steps) < 32 or curve.has_fallen:
+        return None
+    if abs(curve.means[0] - curve.final) >= 0.01 * curve.means[0]:
         return None
     return Finding(
         "nothing_learned",
