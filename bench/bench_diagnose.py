@@ -1,13 +1,13 @@
 """Does `deltaw diagnose` name what went wrong, and stay silent where nothing did?
 
-The naive answer it must beat: silence on everything is right for healthy runs. What would change our mind: a failing run
-without its finding, or a healthy run with any.
+The naive answer it must beat: silence on everything is right for healthy runs. What would change our mind: a failing
+run without its finding, or a healthy run with any.
 
     .venv/bin/python bench/bench_diagnose.py [--steps 40] [--work FOLDER]
 
-Trains ten short runs of the starter on shipped data: five made to fail, each in one way of docs/diagnosis.md, and five
-that are as one would train them. Each is diagnosed; the failing ones as a user would who suspects something (the base at
-hand, the merged folder, --forgetting). Prints what was expected and found; appends a JSON row to
+Trains ten short runs of the starter on shipped data: five made to fail, each in one way of docs/diagnosis.md, and
+five that are as one would train them. Each is diagnosed, with what its check needs (another base, the merged folder,
+--forgetting). Prints what was expected and found; appends a JSON row to
 bench/results/diagnose.jsonl.
 """
 

@@ -48,15 +48,14 @@ def run(
     adapter: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """A finished run's folder; `settings` are of the recipe's train section, but `evals`: evaluations in all."""
-    evals = settings.pop("evals", 4)
-    steps = settings.get("steps", 60)
+    """A finished run's folder; `settings` are of the recipe's train section, but `format`: of the base."""
+    how, steps = settings.pop("format", "dense"), settings.get("steps", 60)
     recipe = {
-        "base": {"path": str(base), "dtype": "float32"},
+        "base": {"path": str(base), "dtype": "float32", "format": how},
         "adapter": adapter or {"method": "lora", "rank": 6, "alpha": 9},
         "data": {"max_tokens": 64},
         "train": {"steps": 60, "tokens_per_step": 160, "lr": 0.01, "save_every_s": 1000, **settings},
-        "eval": {"every_steps": max(1, steps // evals), "keep": "last"} if valid else {"keep": "last"},
+        "eval": {"every_steps": steps // 4, "keep": "last"} if valid else {"keep": "last"},
     }
     for _ in train(recipe, out, train_rows=data, valid_rows=valid):
         pass

@@ -87,7 +87,7 @@ def test_diagnose_curve_reads_logs_of_killed_and_resumed_runs(tmp_path):
     assert (log.n_steps, log.rows, log.finished) == (9, 5, False)
     assert log.evals[0].loss is None
     (tmp_path / "metrics.jsonl").write_text("\n".join([start, "not an event", event(1, 3.0)]))
-    with pytest.raises(RunError, match="metrics.jsonl:2 is no event"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is no event"):
         read_log(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
     with pytest.raises(RunError, match="loss"):

@@ -114,9 +114,13 @@ def test_diagnose_findings_steps_too_small():
     assert found.kind == "alpha_misconfigured"
     assert "0.05%" in found.message
     assert "Raise the learning rate to about 0.001" in found.remedy
-    assert kinds(replace(facts, rate=5e-5)) == ["alpha_misconfigured"]  # 0.5 %, and the loss barely moved
-    assert kinds(replace(facts, rate=5e-5, curve=replace(slow, moved=0.5))) == []
-    assert kinds(replace(facts, curve=replace(slow, plateau_step=50, plateau_lr=0.6))) == []  # it had settled
+    assert kinds(replace(facts, rate=2e-5)) == ["alpha_misconfigured"]  # 0.2 %, and the loss barely moved
+    assert kinds(replace(facts, rate=2e-5, curve=replace(slow, moved=0.5))) == []
+    assert kinds(replace(facts, rate=7e-5)) == []
+    assert kinds(replace(facts, rate=7e-5, scale=0.01)) == ["alpha_misconfigured"]  # an unusual scale too
+    assert (
+        kinds(replace(facts, curve=replace(slow, moved=0.5, plateau_step=50, plateau_lr=0.6))) == []
+    )  # it had settled
     assert kinds(replace(facts, curve=None)) == []  # a run of a few steps
 
 
@@ -139,7 +143,9 @@ def test_diagnose_findings_tensors_that_do_nothing_or_are_broken():
 def test_diagnose_findings_diverged_and_nothing_learned():
     back = replace(WELL, final=2.0, rise=0.45, has_risen=True)
     assert kinds(replace(HEALTHY, curve=back)) == ["diverged"]
-    still = replace(WELL, means=(4.0,) * 8, final=3.99, best=3.9, moved=0.0025, has_fallen=False, plateau_step=13, plateau_lr=0.2)
+    still = replace(
+        WELL, means=(4.0,) * 8, final=3.99, best=3.9, moved=0.0025, has_fallen=False, plateau_step=13, plateau_lr=0.2
+    )
     assert kinds(replace(HEALTHY, curve=still)) == ["nothing_learned"]
     assert kinds(replace(HEALTHY, curve=still, log=replace(LOG, steps=STEPS[:20]))) == []
 

@@ -27,7 +27,9 @@ LARGE, HUGE = 0.05, 3.0  # update norm over weight norm
 PEAK, RISE = 1.25, 0.25  # loss over the first one in the first steps; share of what was learned that was lost again
 SCALE = (0.25, 16.0)  # alpha / rank that is usual
 WILD_SCALE = 32.0
-SMALL_TURN, SLOW_TURN = 1e-3, 1e-2  # of a weight's row that all steps together can turn it by
+SMALL_TURN = 1e-3  # of a weight's row that all steps together can turn it by
+SLOW_TURN = (3e-3, 1e-2)  # the same where the loss barely moved: with a usual scale, with an unusual one
+BARELY = 0.1  # of the first loss: less was learned
 STEP_ALONE = (5e-5, 2e-2)  # scale * learning rate, where no base is there to compare with
 SWALLOWED = 0.5  # energy of the rounding over that of the update
 PERPLEXITY, POINTS, CHANCE = 1.25, 0.03, 0.01  # forgetting: ratio; drop of accuracy and the chance that it is luck
@@ -203,7 +205,9 @@ def _too_small(facts: Facts) -> Finding | None:
     said = [_setting(facts)]
     if curve is not None and step is not None and full is not None:
         turn = step * full
-        if settled or not (turn < SMALL_TURN or (turn < SLOW_TURN and curve.moved < 0.1)):
+        barely = curve.moved < BARELY
+        slow = turn < SLOW_TURN[_is_unusual(facts)] and barely
+        if not slow and (settled or turn >= SMALL_TURN):
             return None
         said.append(f"all steps together can turn a row of a weight by {turn:.2%} of its norm (over 0.5 % is usual)")
     elif curve is not None:
@@ -253,9 +257,13 @@ def _setting(facts: Facts) -> str:
     return f"{set_to}the effective scale is {scale}{rate}"
 
 
+def _is_unusual(facts: Facts) -> bool:
+    return facts.scale is not None and not SCALE[0] <= abs(facts.scale) <= SCALE[1]
+
+
 def _remedy(facts: Facts, step: float | None, down: bool) -> str:
     alpha = "" if facts.rank is None else f"set alpha to about {2 * facts.rank} (twice the rank)"
-    unusual = facts.scale is not None and not SCALE[0] <= abs(facts.scale) <= SCALE[1]
+    unusual = _is_unusual(facts)
     rate = "lower" if down else "raise"
     to = ""
     if step is not None and facts.rate is not None and not unusual and step > 0:

@@ -58,7 +58,7 @@ def try_rank(identity: dict[str, Any], log: Log, rank: int, base: Path | None, d
         "budget": None,
     }
     with tempfile.TemporaryDirectory() as folder:
-        events = train(changed, Path(folder) / "trial", train_rows=rows)
+        events = train(changed, Path(folder) / "trial", train_rows=path)
         reached = {e.step: e.loss for e in events if isinstance(e, Step)}
     return paired({s.step: s.loss for s in log.steps}, reached, was, rank)
 
