@@ -12,8 +12,9 @@ from deltaw.core.fingerprint import set_cache_dir
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory):
-    set_cache_dir(tmp_path_factory.mktemp("cache"))
-    yield
+    folder = tmp_path_factory.mktemp("cache")
+    set_cache_dir(folder)
+    yield folder
     set_cache_dir(None)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deltaw.diagnose.curve import Curve, EvalPoint, Log, StepPoint
-from deltaw.diagnose.findings import Facts, Trial, findings
+from deltaw.diagnose.facts import Facts, Trial
+from deltaw.diagnose.findings import findings
 from deltaw.diagnose.general import Change, Forgetting
 from deltaw.diagnose.precision import Rounded
 from deltaw.diagnose.sites import SiteRow
@@ -162,13 +163,17 @@ def test_diagnose_findings_overfitting():
 
 
 def test_diagnose_findings_merge_forgetting_and_rows():
-    fine, lost = Rounded(100, 20, 1.0, 0.99, 0.1), Rounded(100, 90, 1.0, 0.1, 0.9)
-    assert kinds(replace(HEALTHY, rounded={"bfloat16": fine})) == []
+    fine, lost = Rounded(100, 20, 1.0, 0.99, 0.6), Rounded(100, 90, 1.0, 0.1, 0.9)
+    assert kinds(replace(HEALTHY, rounded={"bfloat16": fine, "written": fine})) == []
     (merge,) = findings(replace(HEALTHY, rounded={"bfloat16": fine, "written": lost}))
     assert merge.kind == "merge_precision"
-    assert "as it was merged" in merge.message
-    assert "90%" in merge.message
+    assert "as it was merged, 90% of the changed weights are the base's again, and 10%" in merge.message
     assert "bfloat16" not in merge.message
+    (bits,) = findings(replace(HEALTHY, rounded={"nf4": fine}))
+    assert "merged in nf4, rounding has 0.6 times" in bits.message
+    assert kinds(replace(HEALTHY, rounded={"written": fine}, written_in_bits=True)) == ["merge_precision"]
+    assert kinds(replace(HEALTHY, rounded={"bfloat16": replace(lost, n_lost=70)})) == ["merge_precision"]
+    assert kinds(replace(HEALTHY, rounded={"bfloat16": replace(lost, n_lost=70, along=0.6)})) == []
     kept = Forgetting(200, 70, 66, 20, 16, 20.0, 22.0)
     assert kinds(replace(HEALTHY, forgetting=kept)) == []
     (text,) = findings(replace(HEALTHY, forgetting=replace(kept, perplexity_after=41.0)))

@@ -115,7 +115,7 @@ def test_diagnose_runs_finds_a_merge_that_swallowed_the_update(base, tmp_path):
 
 def test_diagnose_runs_finds_bfloat16_that_swallows(tmp_path):
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
-    found = deltaw.diagnose(run(base, tmp_path / "run", data=LEARNED, lr=2e-5))
+    found = deltaw.diagnose(run(base, tmp_path / "run", data=LEARNED, lr=1e-5))
     assert "merge_precision" in [f.kind for f in found.findings]
     assert found.rounded["bfloat16"].lost > 0.6
     deltaw.bake(base, tmp_path / "run", tmp_path / "merged", measure=False)  # in the base's bfloat16

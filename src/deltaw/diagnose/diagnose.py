@@ -14,11 +14,12 @@ import torch
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import HARD, cache_dir, fingerprint_folder
 from deltaw.diagnose.curve import FEWEST_STEPS, Curve, Log, read_curve, read_log
-from deltaw.diagnose.findings import Facts, Finding, findings
+from deltaw.diagnose.facts import Facts, Finding, Trial
+from deltaw.diagnose.findings import findings
 from deltaw.diagnose.general import Change, Forgetting, forgetting, on_rows
 from deltaw.diagnose.precision import Rounded, rounding
 from deltaw.diagnose.sites import SiteRow, measure_alone, measure_on, total
-from deltaw.diagnose.trial import Trial, try_rank
+from deltaw.diagnose.trial import try_rank
 from deltaw.errors import AdapterError, BadInput, DataError, NotFound
 from deltaw.merge.checkpoint import Checkpoint
 from deltaw.merge.rounded import RoundedCheckpoint
@@ -254,6 +255,7 @@ class _Work:
                 with _opened(into, adapter) as other:
                     written = Source(into, other, adapter, "float32", folder_format(into))
                     names.append("written")
+                    self.facts["written_in_bits"] = folder_format(into) is not None
                     rows = measure_on(adapter, source, {n: rounding(n) for n in names[:-1]}, written)
         self.facts["rows"] = rows
         sums = {n: total(rows, n) for n in names}
@@ -270,7 +272,9 @@ class _Work:
         how = Format.parse(self.adapter.fingerprint.format) if self.adapter.fingerprint else None
         if folder_format(self.folder) is not None:
             how = None
-        as_quantised = {} if how is None else {"format": how.name, "block": how.block, "double_quant": how.double_quant}
+        as_quantised: dict[str, Any] = (
+            {} if how is None else {"format": how.name, "block": how.block, "double_quant": how.double_quant}
+        )
         self.say("loading the base")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what differs from the adapter's base is said already

@@ -1,4 +1,4 @@
-"""What is wrong, said in a sentence with the values found and what to do: one rule a failure of SPEC section 5.
+"""What is wrong, said in a sentence with the values found and what to do: one rule a kind of failure.
 
 Every rule is a function of `Facts` and gives a `Finding` or None. The bands come from measured runs; docs/diagnosis.md
 has the runs, the values and the reasons. A rule that lacks a fact stays silent: `diagnose` says which checks were not
@@ -9,101 +9,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
-from deltaw.diagnose.curve import Curve, Log
-from deltaw.diagnose.general import Change, Forgetting
-from deltaw.diagnose.precision import Rounded
+from deltaw.diagnose.facts import PEAK, RISE, Facts, Finding, Trial
+from deltaw.diagnose.precision import DTYPES
+from deltaw.diagnose.scale import alpha_misconfigured
 from deltaw.diagnose.sites import SiteRow
 
 FLAT = 0.3  # last singular value over the first: more ends while it is flat
 LEFT, MUCH_LEFT = 0.15, 0.25  # share of the first loss that is left where a rank that was too low stopped
 MOVED = 0.15  # share of the first loss that must have been learned: else the rank is not what was missing
 LATE = 0.95  # share of the learning rate after which a plateau is only the end of the schedule
-STEP = 0.02  # of a weight's row that one step can turn it by
-LARGE, HUGE = 0.05, 3.0  # update norm over weight norm
-PEAK, RISE = 1.25, 0.25  # loss over the first one in the first steps; share of what was learned that was lost again
-SCALE = (0.25, 16.0)  # alpha / rank that is usual
-WILD_SCALE = 32.0
-SMALL_TURN = 1e-3  # of a weight's row that all steps together can turn it by
-SLOW_TURN = (3e-3, 1e-2)  # the same where the loss barely moved: with a usual scale, with an unusual one
-BARELY = 0.1  # of the first loss: less was learned
-STEP_ALONE = (5e-5, 2e-2)  # scale * learning rate, where no base is there to compare with
-SWALLOWED = 0.5  # energy of the rounding over that of the update
+ROUNDED = 0.5  # of 4 and 8 bits: energy of the rounding over that of the update
+LOST, KEPT = 0.8, 0.5  # of 16 bits: weights that are the base's again; share of the update that is left
 PERPLEXITY, POINTS, CHANCE = 1.25, 0.03, 0.01  # forgetting: ratio; drop of accuracy and the chance that it is luck
 BETTER = 0.1  # share of the loss that a higher rank must save in the same steps
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong. kind: a stable name for programs; where: places, the worst first."""
-
-    kind: str
-    title: str
-    message: str
-    remedy: str
-    where: tuple[str, ...] = ()
-
-    def plain(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The same steps with another rank: losses of the last quarter of the steps, paired by step.
-
-    rank, other     the run's and the tried one;  loss, reached: their mean losses
-    gain            mean of the differences;  noise: of that mean
-    """
-
-    rank: int
-    other: int
-    steps: int
-    loss: float
-    reached: float
-    gain: float
-    noise: float
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rules see. None: not known.
-
-    rate        highest learning rate that B had;  full_steps: the summed learning rate over the highest one
-    scale       median of alpha / rank as it was applied;  alpha, rank: as set
-    bad         names of tensors with NaN or Inf
-    mismatch    why the base is not the adapter's, as sentences
-    rounded     by name of a number format, over all places; "written": a merged folder
-    """
-
-    rows: list[SiteRow] = field(default_factory=list)
-    log: Log | None = None
-    curve: Curve | None = None
-    rate: float | None = None
-    scale: float | None = None
-    alpha: float | None = None
-    rank: int | None = None
-    moves_else: bool = False
-    bad: tuple[str, ...] = ()
-    mismatch: tuple[str, ...] = ()
-    rounded: dict[str, Rounded] = field(default_factory=dict)
-    forgetting: Forgetting | None = None
-    data: Change | None = None
-    trial: Trial | None = None
-
-    def median(self, what: Callable[[SiteRow], float | None]) -> float | None:
-        """The median over places of what is known."""
-        values = [v for row in self.rows if (v := what(row)) is not None]
-        return statistics.median(values) if values else None
-
-    @property
-    def full_steps(self) -> float | None:
-        """How many steps at the highest rate all steps together are worth."""
-        rates = [s.lr for s in self.log.steps] if self.log else []
-        return sum(rates) / max(rates) if rates and max(rates) > 0 else None
 
 
 def findings(facts: Facts) -> list[Finding]:
@@ -166,120 +85,13 @@ def base_mismatch(facts: Facts) -> Finding | None:
     )
 
 
-def alpha_misconfigured(facts: Facts) -> Finding | None:
-    """Steps far too large or too small: scale times learning rate against the weights, with the loss as witness."""
-    return _too_large(facts) or _too_small(facts)
-
-
-def _too_large(facts: Facts) -> Finding | None:
-    ratio, step, curve = facts.median(lambda r: r.ratio), _step(facts), facts.curve
-    wild = facts.scale is not None and abs(facts.scale) >= WILD_SCALE
-    witness = [] if curve is None else _loss_says(curve)
-    if ratio is not None and step is not None:
-        out_of_band = step >= STEP and ratio >= LARGE and (bool(witness) or wild)
-    elif ratio is not None:
-        out_of_band = ratio >= 2 * LARGE and wild
-    else:
-        size = _size_alone(facts)
-        out_of_band = size is not None and size >= STEP_ALONE[1] and (bool(witness) or wild)
-    if not out_of_band and not (ratio is not None and ratio >= HUGE):
-        return None
-    said = [_setting(facts)]
-    if step is not None:
-        said.append(f"one step can turn a row of a weight by {step:.1%} of its norm (under {STEP:.0%} is usual)")
-    if ratio is not None:
-        said.append(f"the update's norm is {ratio:.2g} of its weight's (median of {len(facts.rows)} places)")
-    return Finding(
-        "alpha_misconfigured",
-        "The update is too large: alpha or learning rate too high",
-        "; ".join([*said, *witness]) + ".",
-        _remedy(facts, step, down=True),
-    )
-
-
-def _too_small(facts: Facts) -> Finding | None:
-    ratio, step, curve, full = facts.median(lambda r: r.ratio), _step(facts), facts.curve, facts.full_steps
-    if ratio == 0 or (curve is None and facts.log is not None):  # no update at all; or too few steps to judge
-        return None
-    settled = curve is not None and curve.has_fallen and (curve.plateau_lr or 1.0) <= 0.9
-    said = [_setting(facts)]
-    if curve is not None and step is not None and full is not None:
-        turn = step * full
-        barely = curve.moved < BARELY
-        slow = turn < SLOW_TURN[_is_unusual(facts)] and barely
-        if not slow and (settled or turn >= SMALL_TURN):
-            return None
-        said.append(f"all steps together can turn a row of a weight by {turn:.2%} of its norm (over 0.5 % is usual)")
-    elif curve is not None:
-        size = _size_alone(facts)
-        if settled or size is None or size >= STEP_ALONE[0]:
-            return None
-        said.append(f"scale * learning rate is {size:.2g} ({STEP_ALONE[0]:g} and more is usual)")
-    elif ratio is None or ratio >= SMALL_TURN / 5:
-        return None
-    if ratio is not None:
-        said.append(f"the update's norm is {ratio:.2g} of its weight's (median of {len(facts.rows)} places)")
-    if curve is not None:
-        said.append(f"the loss went from {curve.start:.3g} to {curve.final:.3g} and had not settled")
-    return Finding(
-        "alpha_misconfigured",
-        "The update is too small: alpha or learning rate too low",
-        "; ".join(said) + ".",
-        _remedy(facts, step, down=False),
-    )
-
-
-def _loss_says(curve: Curve) -> list[str]:
-    """What in the curve tells of steps that were too large."""
-    said = []
-    if curve.peak >= PEAK:
-        said.append(f"the loss rose to {curve.peak:.3g} times its first value")
-    if curve.has_risen and curve.rise >= RISE:
-        said.append(f"it lost {curve.rise:.0%} of what it had learned again")
-    if not curve.has_fallen:
-        said.append(f"the loss is {curve.final:.3g} at the end, {curve.start:.3g} at the start")
-    return said
-
-
-def _step(facts: Facts) -> float | None:
-    reach = facts.median(lambda r: r.reach)
-    return None if reach is None or facts.rate is None else reach * facts.rate
-
-
-def _size_alone(facts: Facts) -> float | None:
-    return None if facts.scale is None or facts.rate is None else abs(facts.scale) * facts.rate
-
-
-def _setting(facts: Facts) -> str:
-    scale = "unknown" if facts.scale is None else f"{facts.scale:.3g}"
-    set_to = "" if facts.alpha is None else f"alpha is {facts.alpha:g} at rank {facts.rank}, "
-    rate = "" if facts.rate is None else f" and the learning rate {facts.rate:.3g}"
-    return f"{set_to}the effective scale is {scale}{rate}"
-
-
-def _is_unusual(facts: Facts) -> bool:
-    return facts.scale is not None and not SCALE[0] <= abs(facts.scale) <= SCALE[1]
-
-
-def _remedy(facts: Facts, step: float | None, down: bool) -> str:
-    alpha = "" if facts.rank is None else f"set alpha to about {2 * facts.rank} (twice the rank)"
-    unusual = _is_unusual(facts)
-    rate = "lower" if down else "raise"
-    to = ""
-    if step is not None and facts.rate is not None and not unusual and step > 0:
-        to = f" to about {float(f'{facts.rate * (0.003 if down else 0.001) / step:.1g}'):g}"
-    more = "" if down or unusual else ", or train for more steps"
-    if unusual and alpha:
-        return f"{alpha[0].upper()}{alpha[1:]} and keep the learning rate, or {rate} the learning rate in proportion."
-    return f"{rate.capitalize()} the learning rate{to}{more}."
-
-
 def diverged(facts: Facts) -> Finding | None:
     """A loss that ends above where it began, or gave back much of what it had learned."""
     curve = facts.curve
     if curve is None:
         return None
-    worse = curve.final > curve.start * 1.05 and curve.final - curve.start > 3 * curve.noise
+    first = max(curve.start, curve.means[0])
+    worse = curve.final > first * 1.05 and curve.final - first > 3 * curve.noise
     if not worse and not (curve.has_risen and curve.rise >= RISE):
         return None
     return Finding(
@@ -387,15 +199,18 @@ def overfitting(facts: Facts) -> Finding | None:
 
 
 def merge_precision(facts: Facts) -> Finding | None:
-    """A number format whose rounding is of the size of the update."""
-    lost = {name: r for name, r in facts.rounded.items() if r.energy and r.error >= SWALLOWED}
-    if not lost:
+    """A number format in which the update is lost, or whose rounding is of the update's size."""
+    said = []
+    for name, r in facts.rounded.items():
+        coarse = facts.written_in_bits if name == "written" else name not in DTYPES
+        what = "as it was merged" if name == "written" else f"merged in {name}"
+        if coarse and r.energy and r.error >= ROUNDED:
+            said.append(f"{what}, rounding has {r.error:.3g} times the update's energy (under {ROUNDED:g} is bearable)")
+        elif not coarse and r.energy and (r.lost >= LOST or r.kept < KEPT):
+            left = "" if r.kept >= KEPT else f", and {max(0.0, r.kept):.0%} of the update is left"
+            said.append(f"{what}, {r.lost:.0%} of the changed weights are the base's again{left}")
+    if not said:
         return None
-    said = [
-        f"{'as it was merged' if name == 'written' else f'merged in {name}'}, rounding has {r.error:.3g} times the "
-        f"update's energy (under {SWALLOWED:g} is bearable); {r.lost:.0%} of the changed weights are the base's again"
-        for name, r in lost.items()
-    ]
     return Finding(
         "merge_precision",
         "A merge in this precision swallows the update",

@@ -36,7 +36,7 @@ class Forgetting:
     def chance(self) -> float:
         """The chance of losing this many of the changed answers or more if each change were a coin's (McNemar 1947)."""
         n = self.lost + self.gained
-        return sum(math.comb(n, k) for k in range(self.lost, n + 1)) / 2**n
+        return float(sum(math.comb(n, k) for k in range(self.lost, n + 1)) / 2**n)
 
 
 @dataclass(frozen=True)

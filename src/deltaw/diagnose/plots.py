@@ -46,7 +46,7 @@ def drawn(make: Callable[[], Any], kind: str, transparent: bool = False) -> byte
     """A picture as "png" or "svg"; transparent for a page that brings its own background."""
     import matplotlib
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         figure = make()
         out = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
@@ -116,9 +116,10 @@ def _spectra(found: Diagnosis) -> Any:
     axis.set_title("Singular values of the update, median over the places of a kind")
     axis.set_xlabel("singular value, the largest first")
     axis.set_ylabel("share of the largest")
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, title="kind (places)")
     return figure
 

@@ -50,7 +50,7 @@ def factor_values(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """
     r_a = torch.linalg.qr(A.detach().double().T, mode="r").R
     r_b = torch.linalg.qr(B.detach().double(), mode="r").R
-    values = torch.linalg.svdvals(r_b @ r_a.T) * abs(scale)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T) * abs(scale)
     return values[: min(B.shape[0], A.shape[1], A.shape[0])]
 
 
@@ -61,7 +61,8 @@ def dense_values(update: Tensor) -> Tensor:
     """
     wide = update.detach().double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+    return values
 
 
 def summarise(values: Tensor) -> Spectrum:

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaw.data.source import data_hash, read_rows
 from deltaw.diagnose.curve import FEWEST_STEPS, Log
-from deltaw.diagnose.findings import Trial
+from deltaw.diagnose.facts import Trial
 from deltaw.errors import BadInput, DataError, RunError
 from deltaw.train.events import Step
 from deltaw.train.run import train
