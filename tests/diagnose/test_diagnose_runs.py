@@ -262,6 +262,14 @@ def test_diagnose_runs_refuses_what_it_cannot_use(healthy, base, tmp_path):
         deltaw.diagnose(tmp_path / "empty")
     with pytest.raises(BaseError):
         deltaw.diagnose(healthy, tmp_path / "empty")
+    with pytest.raises(BaseError, match="no config"):
+        deltaw.diagnose(healthy, merged=tmp_path / "empty")
+    other = save_base(tmp_path / "other", kind="gpt2")
+    with pytest.raises(BadInput, match="is no model that this adapter was merged into"):
+        deltaw.diagnose(healthy, merged=other)
+    assert "the merged model" in [n["check"] for n in deltaw.diagnose(healthy, other, merged=base).not_made]
+    with pytest.raises(BadInput, match="--limit"):
+        deltaw.diagnose(healthy, limit=3)
     with pytest.raises(DataError, match="is no file"):
         deltaw.diagnose(healthy, data=tmp_path / "rows.jsonl")
     with pytest.raises(BadInput, match="another rank than the run's"):

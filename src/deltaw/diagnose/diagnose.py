@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.checkpoint_files import checkpoint_files
 from deltaw.core.fingerprint import HARD, cache_dir, fingerprint_folder
 from deltaw.diagnose.curve import FEWEST_STEPS, Curve, Log, read_curve, read_log
 from deltaw.diagnose.facts import Facts, Finding, Trial
@@ -116,6 +117,8 @@ def diagnose(
     work.measure(None if merged is None else Path(merged))
     if check_forgetting or general is not None or text is not None:
         work.forget(_file(general), _file(text), limit)
+    elif limit is not None:
+        raise BadInput("--limit is of the rows of --forgetting, which is not asked for: add it, or leave --limit out.")
     else:
         work.skip("forgetting", "it takes minutes: ask for it with --forgetting")
     if data is not None and rank is None:
@@ -225,6 +228,8 @@ class _Work:
 
     def measure(self, merged: Path | None) -> None:
         """Rows of the places; what rounding leaves."""
+        if merged is not None and (self.adapter is None or self.folder is None or self.facts.get("mismatch")):
+            self.skip("the merged model", "it needs the adapter and the base that it was trained on (--base)")
         if self.adapter is None:
             return
         if self.folder is not None and not self.facts.get("mismatch") and not self.facts["bad"]:
@@ -352,6 +357,7 @@ def _cached(name: str) -> bool:
 
 
 def _opened(folder: Path, adapter: Adapter) -> Checkpoint:
+    checkpoint_files(folder)  # a folder that is no model is said in a sentence
     how = folder_format(folder)
     if how is None:
         return Checkpoint(folder)

@@ -19,7 +19,7 @@ from deltaw.core.site import LinearSite
 from deltaw.core.weight import Weight
 from deltaw.diagnose.precision import Rounded, Rounding, left_after, rounded, rounding
 from deltaw.diagnose.spectrum import Spectrum, dense_values, factor_values, summarise
-from deltaw.errors import BadInput
+from deltaw.errors import AdapterError, BadInput
 from deltaw.merge.checkpoint import FLOATS
 from deltaw.merge.rounded import RoundedCheckpoint
 from deltaw.merge.source import Source
@@ -146,11 +146,15 @@ def _written(adapter: Adapter, into: Source | None) -> tuple[Mapping[str, Weight
     if into is None:
         return None, rounding("float32")
     checkpoint = into.checkpoint
+    try:
+        weights = into.match(adapter)[1].weights
+    except AdapterError as problem:
+        raise BadInput(f"{into.folder} is no model that this adapter was merged into. {problem}") from None
     if isinstance(checkpoint, RoundedCheckpoint):
-        return into.match(adapter)[1].weights, rounding(str(checkpoint.how))
+        return weights, rounding(str(checkpoint.how))
     dtypes = {FLOATS[e.dtype] for e in checkpoint.entries.values() if e.dtype in FLOATS}
     coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps)
-    return into.match(adapter)[1].weights, lambda w: w.to(coarsest).float()
+    return weights, lambda w: w.to(coarsest).float()
 
 
 def _row(
