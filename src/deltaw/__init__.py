@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from deltaw.core.adapter import Adapter, Replacement
     from deltaw.core.affine import Affine
     from deltaw.core.fingerprint import BaseFingerprint
+    from deltaw.diagnose.diagnose import Diagnosis, diagnose
     from deltaw.export.llama_cpp import export_gguf
     from deltaw.export.peft import export_peft
     from deltaw.export.vllm import export_vllm
-    from deltaw.diagnose.diagnose import Diagnosis, diagnose
     from deltaw.merge.bake import bake
     from deltaw.merge.combine import combine
     from deltaw.merge.compress import compress
@@ -65,11 +65,11 @@ __all__ = [
     "bake",
     "combine",
     "compress",
+    "diagnose",
     "export_gguf",
     "export_peft",
     "export_vllm",
     "extract",
-    "diagnose",
     "load_adapter",
     "load_base",
     "load_recipe",

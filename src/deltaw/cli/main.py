@@ -12,7 +12,6 @@ import typer
 from deltaw.cli import data, export
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
-from deltaw.cli import data
 from deltaw.cli.diagnose import diagnose
 from deltaw.cli.eval import evaluate
 from deltaw.cli.extract import extract
