@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from deltaw.model.base import load_base
     from deltaw.model.model import Model
     from deltaw.store.peft import read_adapter as load_adapter
+    from deltaw.store.registry import Registry
+    from deltaw.train.readapt import readapt
     from deltaw.train.recipe import Recipe, load_recipe
     from deltaw.train.run import train
 
@@ -37,6 +39,8 @@ _LATER = {  # loaded on first use: torch and transformers take seconds to import
     "Diagnosis": ("deltaw.diagnose.diagnose", "Diagnosis"),
     "Model": ("deltaw.model.model", "Model"),
     "Replacement": ("deltaw.core.adapter", "Replacement"),
+    "Registry": ("deltaw.store.registry", "Registry"),
+    "readapt": ("deltaw.train.readapt", "readapt"),
     "Recipe": ("deltaw.train.recipe", "Recipe"),
     "bake": ("deltaw.merge.bake", "bake"),
     "export_gguf": ("deltaw.export.llama_cpp", "export_gguf"),
@@ -61,6 +65,7 @@ __all__ = [
     "Diagnosis",
     "Model",
     "Recipe",
+    "Registry",
     "Replacement",
     "bake",
     "combine",
@@ -73,6 +78,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_recipe",
+    "readapt",
     "train",
 ]
 

@@ -11,6 +11,7 @@
     |   |   `-- BaseMismatch        an adapter meets another base than the one it was trained on
     |   |-- BaseError               a base model: not found, not loadable, not supported
     |   |-- BudgetError             nothing that a recipe allows fits its memory budget
+    |   |-- RegistryError           a registry refuses: a bad reference, something in use, no index
     |   |-- RunError                an output folder holds another run, a checkpoint does not fit
     |   `-- NotMergeable            a method whose change cannot be written into the base's weights
     |-- NotFound (LookupError)      a name that is not there: adapter, site, starter (2)
@@ -67,6 +68,10 @@ class BaseMismatch(AdapterError):
 
 class BaseError(BadInput):
     """A base model cannot be found, read or supported."""
+
+
+class RegistryError(BadInput):
+    """A registry refuses: a name or reference that makes no sense, something that is in use, an index that is gone."""
 
 
 class RunError(BadInput):

@@ -214,7 +214,9 @@ def test_other_rows_labels_or_another_base_are_another_run(base: Path, tmp_path:
         run(plain, tmp_path / "run", ROWS, VALID)
     labels.write_text('["yes", "no"]')
     other = recipe(save_base(tmp_path / "tiny", seed=1), train={"save_every_s": 0}, eval=plain["eval"])
-    with pytest.raises(RunError, match=r"base\.weights is '"):
+    with pytest.raises(
+        RunError, match=r"another base:\n  weights: the run has \w{12}, this model has \w{12}\n  Choose"
+    ):
         run(other, tmp_path / "run", ROWS, VALID)
 
 

@@ -9,8 +9,12 @@ from typing import Annotated
 
 import typer
 
+from deltaw.cli.references import RegistryOption, adapter_path
+
 BaseOption = Annotated[str, typer.Option("--base", help="Folder, hub id, .gguf file or starter name.")]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Folder of a saved adapter, or of a run.")]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="Folder of a saved adapter or of a run, or a reference in a registry.")
+]
 OtherBaseOption = Annotated[bool, typer.Option("--allow-other-base", help="Attach although the base differs.")]
 FormatOption = Annotated[str, typer.Option(help="dense: as the base has it; nf4, fp4, int4, int8: quantise it first.")]
 BlockOption = Annotated[int, typer.Option(help="Of a quantised format: values that share a scale.")]
@@ -36,6 +40,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     allow_other_base: OtherBaseOption = False,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
     """Measure a base, or a base with an adapter, on rows."""
@@ -56,12 +61,13 @@ def evaluate(
     rows = read_rows(data)[:limit]
     names = read_labels(labels) if labels else None
     say = partial(typer.echo, err=True)
-    own = labels_for(base, adapter, names)
+    folder = None if adapter is None else adapter_path(adapter, registry)
+    own = labels_for(base, folder, names)
     if names and not own and metric != "choice":
         say(f"note: --labels is for metric choice and for encoders; metric {metric} does not look at it")
     model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own, device=device)
-    if adapter is not None:
-        model.attach(adapter, allow_other_base=allow_other_base)
+    if folder is not None:
+        model.attach(folder, allow_other_base=allow_other_base)
     result = evaluate_rows(
         model,
         rows,
@@ -74,8 +80,6 @@ def evaluate(
     if predictions is not None:
         lines = [json.dumps(p, ensure_ascii=False) for p in result.pop("predictions", [])]
         write_text(predictions, "\n".join(lines) + "\n")
-    if as_json:
-        typer.echo(json.dumps({**result, "base": base, "adapter": None if adapter is None else str(adapter)}))
-    else:
-        cut = f" ({result['rows_cut']} cut to {max_tokens} tokens)" if result.get("rows_cut") else ""
-        typer.echo(f"{metric} {result['value']:.4f} on {result['n']} rows{cut} in {result['seconds']:.1f} s")
+    cut = f" ({result['rows_cut']} cut to {max_tokens} tokens)" if result.get("rows_cut") else ""
+    plain = f"{metric} {result['value']:.4f} on {result['n']} rows{cut} in {result['seconds']:.1f} s"
+    typer.echo(json.dumps({**result, "base": base, "adapter": adapter}) if as_json else plain)

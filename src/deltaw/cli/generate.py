@@ -18,6 +18,7 @@ from deltaw.cli.eval import (
     FormatOption,
     OtherBaseOption,
 )
+from deltaw.cli.references import RegistryOption, adapter_path
 
 
 def generate(
@@ -37,6 +38,7 @@ def generate(
     double_quant: DoubleOption = False,
     device: DeviceOption = "cpu",
     allow_other_base: OtherBaseOption = False,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
     """Answer a prompt with a base, or with a base and an adapter; of a text classifier, print its label."""
@@ -49,10 +51,11 @@ def generate(
     from deltaw.train.evaluate import data_spec
 
     say = partial(typer.echo, err=True)
-    own = labels_for(base, adapter, None)
+    folder = None if adapter is None else adapter_path(adapter, registry)
+    own = labels_for(base, folder, None)
     model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, labels=own, device=device)
-    if adapter is not None:
-        model.attach(adapter, allow_other_base=allow_other_base)
+    if folder is not None:
+        model.attach(folder, allow_other_base=allow_other_base)
     row = Row(prompt=prompt, completion="", source="the prompt,")
     ids = prompt_ids(row, model.tokenizer, data_spec(model, "chat" if chat else None, 2048), model.task)
     if model.kind == "classify":

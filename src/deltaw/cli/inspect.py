@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltaw.errors import BadInput
+from deltaw.cli.references import RegistryOption, adapter_path
+from deltaw.errors import BadInput, NotFound, RegistryError
 
 ISA_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
@@ -26,26 +27,33 @@ SHORT = 12  # letters of a hash that a table shows
 
 def inspect(
     path: Annotated[
-        str | None, typer.Argument(help="An adapter, a run, a base's folder, a starter name or a .gguf file.")
+        str | None,
+        typer.Argument(help="An adapter, a run, a base's folder, a starter name, a .gguf file or a reference."),
     ] = None,
     machine: Annotated[bool, typer.Option("--machine", help="Describe this machine instead.")] = False,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what an adapter, a run, a base or this machine is."""
     if machine == (path is not None):
         raise BadInput("inspect takes a PATH or --machine, one of the two.")
-    found = describe_machine() if path is None else describe(path)
+    found = describe_machine() if path is None else describe(path, registry)
     if as_json:
         typer.echo(json.dumps(found, default=str))
     else:
         _print(found)
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str, registry: Path | None = None) -> dict[str, Any]:
     """Plain data about what `path` names; "kind" says what it is. Raises BadInput."""
     from deltaw.store.describe import describe_adapter, describe_run, is_adapter, is_run
 
-    folder = Path(path).expanduser()
+    try:
+        folder = adapter_path(path, registry)
+    except (NotFound, RegistryError):
+        if "@" in path:
+            raise
+        folder = Path(path).expanduser()  # a base's name, perhaps
     if is_run(folder):
         return describe_run(folder)
     if is_adapter(folder):

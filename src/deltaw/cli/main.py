@@ -13,6 +13,7 @@ from deltaw.cli import data, export
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
 from deltaw.cli.diagnose import diagnose
+from deltaw.cli import adapters, data
 from deltaw.cli.eval import evaluate
 from deltaw.cli.extract import extract
 from deltaw.cli.fetch import fetch
@@ -21,6 +22,8 @@ from deltaw.cli.inspect import inspect
 from deltaw.cli.merge import merge
 from deltaw.cli.plan import plan
 from deltaw.cli.quantize import quantize
+from deltaw.cli.readapt import readapt
+from deltaw.cli.references import set_registry
 from deltaw.cli.train import train
 from deltaw.core.fingerprint import set_cache_dir
 from deltaw.errors import DeltawError
@@ -46,6 +49,9 @@ app.command("inspect")(inspect)
 app.command("diagnose")(diagnose)
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
+app.command("readapt")(readapt)
+app.add_typer(data.app, name="data")
+app.add_typer(adapters.app, name="adapters")
 
 
 @app.callback()
@@ -53,6 +59,7 @@ def _settings() -> None:
     """Environment variables are read here and nowhere else."""
     if folder := os.environ.get("DELTAW_CACHE"):
         set_cache_dir(Path(folder))
+    set_registry(os.environ.get("DELTAW_REGISTRY"), os.environ.get("DELTAW_INDEX"))
 
 
 def _say_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

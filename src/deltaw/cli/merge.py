@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.cli.references import RegistryOption, adapter_path
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def merge(
     base: Annotated[str, typer.Option(help="A folder, a hub id, a .gguf file or a starter name.")],
-    adapter: Annotated[str, typer.Option(help="The folder of an adapter or of a run.")],
+    adapter: Annotated[str, typer.Option(help="The folder of an adapter or of a run, or a reference in a registry.")],
     out: Annotated[str, typer.Option(help="Where the merged model goes: a new or empty folder.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default what the base has.")
@@ -40,6 +41,7 @@ def merge(
             "base computes with, written dense) and quantised (quantised again: loses precision, says how much)."
         ),
     ] = "dense",
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write base + adapter as a plain transformers folder, and say how near the two are."""
@@ -47,7 +49,7 @@ def merge(
 
     report = bake(
         base,
-        adapter,
+        adapter_path(adapter, registry),
         out,
         dtype=dtype,
         allow_other_base=allow_other_base,

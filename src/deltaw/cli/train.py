@@ -41,13 +41,13 @@ def train(
             for event in events:
                 typer.echo(json.dumps(event.plain()))
         else:
-            _show(events, Console(markup=False))
+            show_events(events, Console(markup=False))
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
 
 
-def _show(events: Any, console: Console) -> None:
+def show_events(events: Any, console: Console) -> None:
     """Progress for a person: loss, tokens/s, time left, peak memory; evaluations as lines."""
     bar = Progress(
         TextColumn("step {task.completed}/{task.total}"),

@@ -29,7 +29,7 @@ def compare(adapter: BaseFingerprint | None, base: BaseFingerprint | None, allow
         return
     found = adapter.differences(base)
     hard = {k: v for k, v in found.items() if k in HARD}
-    lines = [f"  {key}: adapter has {mine[:12]}, this model has {its[:12]}" for key, (mine, its) in found.items()]
+    lines = told_differences(found, "adapter")
     if hard and not allow_other_base:
         raise BaseMismatch(
             "The adapter was trained on another base.\n"
@@ -39,3 +39,8 @@ def compare(adapter: BaseFingerprint | None, base: BaseFingerprint | None, allow
         )
     if found:
         warnings.warn("The base differs from the adapter's:\n" + "\n".join(lines), OtherBaseWarning, stacklevel=3)
+
+
+def told_differences(found: dict[str, tuple[str, str]], what: str) -> list[str]:
+    """A line for each field that differs (BaseFingerprint.differences): what `what` has, and what this model has."""
+    return [f"  {field}: {what} has {mine}, this model has {its}" for field, (mine, its) in found.items()]

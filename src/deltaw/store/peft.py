@@ -30,6 +30,8 @@ from deltaw.store.files import whole_folder
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
 _OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
+FILES = frozenset(_OURS)
+"""Every file that a saved adapter may consist of."""
 _FOREIGN = (".lora_", ".ia3_", ".vera_", ".adapter_down", ".adapter_up")  # names that only a method's tensors have
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TASKS = {"classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}

@@ -26,8 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.errors import RunError
 from deltaw.model.base import has_fast_bfloat16
+from deltaw.model.identity import told_differences
 from deltaw.ops import native
 from deltaw.store.files import whole_folder, write_text
 
@@ -88,7 +90,10 @@ def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> 
         there = json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. Choose another --out.") from None
-    fixed = [k for k in identity if k not in ("versions", "machine")]
+    if lines := _other_base(there.get("base"), identity["base"]):
+        raise RunError(f"{out} holds another run, on another base:\n{lines}\n  Choose another --out, or remove it.")
+    told_apart = ["versions", "machine", *(["base"] if there.get("base") and identity["base"] else [])]
+    fixed = [k for k in {**identity, **there} if k not in told_apart]
     if told := _what_differs(_by_content(there), _by_content(identity), fixed):
         raise RunError(f"{out} holds another run: its {told}. Choose another --out, or remove it.")
     moved = _what_differs(there, identity, ["versions", "machine"])
@@ -98,6 +103,13 @@ def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> 
             "pass --allow-other-machine to go on all the same."
         )
     return True
+
+
+def _other_base(there: dict[str, Any] | None, here: dict[str, Any] | None) -> str:
+    """Field by field how the base of the run that is there differs from this one's, whatever their folders' names."""
+    if not there or not here:
+        return ""  # one was made in memory: find_run compares them whole
+    return "\n".join(told_differences(BaseFingerprint(**there).differences(BaseFingerprint(**here)), "the run"))
 
 
 def begin_run(out: Path, identity: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def train(
     train_rows: Rows | None = None,
     valid_rows: Rows | None = None,
     allow_other_machine: bool = False,
+    parents: Iterable[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Event]:
     """Train what `recipe` says, yielding events; the last is Done.
@@ -67,6 +69,7 @@ def train(
     overrides            "key=value" settings on top of the recipe
     train_rows           rows in memory (or a path) instead of data.train; valid_rows likewise
     allow_other_machine  go on although machine, threads or versions differ from when the run began
+    parents              ids of the adapters that this one follows, for its provenance
 
     Raises RecipeError, DataError, RunError, ... for bad input, WorkFailed when the loss is not finite or the
     disk is full. Nothing runs before the first event is asked for.
@@ -87,7 +90,7 @@ def train(
             "would be rounded away. Use base.dtype=float32."
         )
     with locked(folder):
-        yield from _train(loaded, folder, rows, valid, labels, allow_other_machine, say)
+        yield from _train(loaded, folder, rows, valid, labels, list(parents), allow_other_machine, say)
 
 
 def _rows(source: Rows | None, what: str) -> list[Row]:
@@ -114,6 +117,7 @@ def _train(
     rows: list[Row],
     valid: list[Row] | None,
     labels: list[str] | None,
+    parents: list[str],
     allow_other_machine: bool,
     say: Callable[[str], None] | None,
 ) -> Iterator[Event]:
@@ -134,6 +138,7 @@ def _train(
         "dtype": dtype,
         "versions": versions(),
         "machine": machine(),
+        **({"parents": parents} if parents else {}),
     }
     was_there = find_run(out, identity, allow_other_machine)
     finished = out / "done.json"
@@ -279,6 +284,8 @@ def _provenance(loop: Loop, identity: dict[str, Any]) -> dict[str, Any]:
         "data_hash": identity["data"],
         "dtype": identity["dtype"],
         "seed": loop.recipe.train.seed,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **({"parents": identity["parents"]} if "parents" in identity else {}),
         "versions": identity["versions"],
         "machine": identity["machine"],
         "metrics": {"step": p.step, "train_loss": p.loss, f"valid_{loop.recipe.eval.metric}": p.best},
