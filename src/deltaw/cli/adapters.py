@@ -54,19 +54,15 @@ def list_(
         typer.echo(json.dumps({"adapters": rows}))
         return
     fits = {"yes": "fits", "no": "re-adapt", "unknown": "unknown", None: ""}
-    table = [
-        {
-            "name": row["name"],
-            "versions": row["versions"],
-            "labels": " ".join(f"{label}@{version}" for label, version in sorted(row["labels"].items())),
-            "current": (row["id"] or "none")[:12],
-            "method": row["method"] or "",
-            "base": row["base"] or "",
-            "MB": "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}",
-            **({f"on {base}": " ".join([fits[row["fits"]], *row["differs"]]).strip()} if base else {}),
-        }
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        labels = "\n".join(f"{label}@{version}" for label, version in sorted(row["labels"].items()))
+        cells = {"name": row["name"], "labels": labels, "current": (row["id"] or "none")[:12], "base": row["base"]}
+        if base is None:
+            cells |= {"versions": row["versions"], "method": row["method"]}
+        else:
+            cells["on the new base"] = " ".join([fits[row["fits"]], *row["differs"]])
+        table.append(cells)
     _table(table or [{"name": "no adapters yet"}])
 
 
@@ -228,7 +224,8 @@ def _table(rows: list[dict[str, Any]], title: str | None = None) -> None:
         return
     table = Table(title=title, title_justify="left")
     for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], int) else "left")
+        justify = "right" if isinstance(rows[0][key], int) else "left"
+        table.add_column(key.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
         cells = (v[:12] if k == "id" and v else " ".join(v) if isinstance(v, list) else v for k, v in row.items())
         table.add_row(*(Text(_cell(cell)) for cell in cells))
