@@ -28,7 +28,7 @@ from deltaw.store.registry import Registry
 
 @pytest.fixture
 def registry(tmp_path) -> Registry:
-    return Registry(tmp_path / "registry", create=True)
+    return Registry(tmp_path / "a registry? #1", create=True)
 
 
 @pytest.fixture
@@ -254,8 +254,8 @@ def test_store_registry_gc_deletes_only_what_nothing_refers_to(three):
     three.add("child", tiny(8, parents=[tiny(9).id]))
     assert three.gc() == {"deleted": [], "in_use": [held.name], "bytes": 0, "left_aside": 0}
     assert read_adapter(held).id == tiny(2).id
-    lease = leases._held.pop(next(key for key in leases._held if key[1] == three.root))
-    lease._lock.release()  # as when the process ends
+    leases._held.pop(next(key for key in leases._held if key[1] == three.root)).end()  # as when the process ends
+    assert list((three.root / "leases").iterdir()) == []
     told = three.gc()
     assert (told["deleted"], told["in_use"]) == ([held.name], [])
     assert told["bytes"] > 1000

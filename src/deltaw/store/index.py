@@ -30,7 +30,7 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
@@ -102,7 +102,7 @@ class Index:
     url  SQLAlchemy's; "sqlite:///FILE" or, for example, "postgresql+psycopg://USER@HOST/DATABASE"
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """Raises RegistryError: no URL, or its driver is not installed."""
         try:
             self.engine: Engine = create_engine(url, poolclass=NullPool)  # no connection outlives a call or a fork
@@ -140,8 +140,9 @@ class Index:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One consistent view of the tables."""
-        with self._explained(), self.engine.connect() as db:
+        """One consistent view of the tables; SQLite's transactions are that by themselves."""
+        level = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with self._explained(), self.engine.connect().execution_options(**level) as db:
             yield db
 
     @contextmanager
@@ -173,9 +174,9 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def sqlite_url(root: Path) -> str:
+def sqlite_url(root: Path) -> URL:
     """The URL of the index that lies in a registry's own folder."""
-    return f"sqlite:///{root / 'index.sqlite'}"
+    return URL.create("sqlite", database=str(root / "index.sqlite"))
 
 
 def _settings(connection: Any, _: Any) -> None:

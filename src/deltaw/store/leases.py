@@ -8,6 +8,7 @@ ROOT/aside/LEASE-*         what that process is writing or throwing away
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import uuid
@@ -33,16 +34,25 @@ class Lease:
         self.token = uuid.uuid4().hex
         self._file = root / "leases" / f"{self.token}.ids"
         self._ids: set[str] = set()
-        self._lock = FileLock(self._file.with_suffix(".lock"))
+        self._lock = FileLock(self._file.with_suffix(".lock"), thread_local=False)  # any thread's call may have made it
         with space_explained("a lease", root):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+        self._pid = os.getpid()
+        atexit.register(self.end)
 
     def hold(self, adapter_id: str) -> None:
         """Keep an adapter from gc. Call it under the registry's lock."""
         if adapter_id not in self._ids:
             self._ids.add(adapter_id)
             self._file.write_text("".join(f"{i}\n" for i in sorted(self._ids)))
+
+    def end(self) -> None:
+        """Use nothing any more. At the process's end this happens by itself; a killed process's lease ends too."""
+        if self._pid == os.getpid():  # a fork has this object, but not this lease
+            self._file.unlink(missing_ok=True)
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 @contextmanager
