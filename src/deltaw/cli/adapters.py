@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.cli.inspect import shown
 from deltaw.cli.references import RegistryOption, open_registry
 from deltaw.errors import RegistryError
 
@@ -77,10 +78,16 @@ def show(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    lists = {k: found.pop(k) for k in ("versions", "history", "gates") if k in found}
-    _fields(found)
+    lists = {k: found.pop(k) for k in ("versions", "history") if k in found}
+    met = found.pop("gates", [])
+    if "recipe" in found:
+        _fields(found)
     for title, rows in lists.items():
         _table(rows, title)
+    for g in met:
+        other = "" if g["against"] is None else f" against {g['against_value']:g} of version {g['against']}"
+        verdict = "passed" if g["passed"] else "not passed"
+        typer.echo(f"gate for {g['label']}, {g['at']}: {verdict}, {g['value']:g}{other}\n  {g['command']}")
 
 
 @app.command()
@@ -215,7 +222,7 @@ def _say(found: dict[str, Any], as_json: bool, text: str) -> None:
 def _fields(found: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for key, value in found.items():
-        table.add_row(key.replace("_", " "), Text(value if isinstance(value, str) else json.dumps(value)))
+        table.add_row(key.replace("_", " "), Text(shown(value)))
     Console().print(table)
 
 
@@ -233,6 +240,6 @@ def _table(rows: list[dict[str, Any]], title: str | None = None) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return json.dumps(value) if isinstance(value, dict) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -132,7 +132,7 @@ def _print(found: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for key, value in found.items():
         if key not in (*nested, "kind", "path"):
-            table.add_row(key.replace("_", " "), Text(_shown(value)))
+            table.add_row(key.replace("_", " "), Text(shown(value)))
     console.print(table)
     for rows in (nested.get("places"), nested.get("linear_maps")):
         if rows:
@@ -146,11 +146,12 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="left" if isinstance(rows[0][key], str) else "right")
     for row in rows:
-        table.add_row(*(Text(_shown(value)) for value in row.values()))
+        table.add_row(*(Text(shown(value)) for value in row.values()))
     return table
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a table's cell; what is nested gets a line for each part."""
     if value is None or value in ({}, [], ()):
         return "none"
     if isinstance(value, bool):
