@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, select, update
 
 from deltaw.core.fingerprint import HARD, BaseFingerprint
 from deltaw.errors import NotFound, RegistryError, near
@@ -99,42 +99,48 @@ def wanted(db: Connection) -> set[str]:
 def listing(db: Connection, base: BaseFingerprint | None) -> list[dict[str, Any]]:
     """Every name that has versions, by name; see Registry.listing."""
     on: dict[str, dict[str, int]] = defaultdict(dict)
-    for name, label, version in db.execute(select(labels.c.name, labels.c.label, labels.c.version)):
+    for name, label, version in _tuples(db, select(labels.c.name, labels.c.label, labels.c.version)):
         on[name][label] = version
-    known = {i: (name, text) for i, name, text in db.execute(select(bases.c.id, bases.c.name, bases.c.fingerprint))}
-    fits = {None: ("unknown", [])} | {i: _fits(text, base) for i, (_, text) in known.items()} if base else {}
+    told = db.execute(select(bases.c.id, bases.c.name, bases.c.fingerprint)).all()
+    base_names = {None: None} | {i: name for i, name, _ in told}
+    fits = {None: ("unknown", [])} | {i: _fits(text, base) for i, _, text in told} if base is not None else {}
+    own = (adapters.c.id, adapters.c.method, adapters.c.n_parameters, adapters.c.bytes, adapters.c.base)
+    is_on = (labels.c.name == versions.c.name) & (labels.c.version == versions.c.version)
+    current = (
+        select(labels.c.name, versions.c.added, *own)
+        .join(versions, is_on)
+        .join(adapters, versions.c.adapter == adapters.c.id)
+        .where(labels.c.label == CURRENT)
+    )
+    now_at = {row[0]: row for row in _tuples(db, current)}
     counts = select(versions.c.name, func.count(), func.max(versions.c.version)).group_by(versions.c.name)
-    now_at = {
-        row.name: row
-        for row in db.execute(
-            select(
-                labels.c.name, versions.c.adapter, versions.c.added, adapters.c.method, adapters.c.n_parameters,
-                adapters.c.bytes, adapters.c.base,
-            )
-            .join(versions, (labels.c.name == versions.c.name) & (labels.c.version == versions.c.version))
-            .join(adapters, versions.c.adapter == adapters.c.id)
-            .where(labels.c.label == CURRENT)
-        )
-    }  # fmt: skip
     found = []
-    for name, count, newest in sorted(tuple(row) for row in db.execute(counts)):
-        row = now_at.get(name)
-        entry = {"name": name, "versions": count, "newest": newest, "labels": on.get(name, {})}
-        if row is None:
-            entry |= dict.fromkeys(("id", "method", "n_parameters", "bytes", "base", "added"))
-        else:
-            entry |= {
-                "id": row.adapter,
-                "method": row.method,
-                "n_parameters": row.n_parameters,
-                "bytes": row.bytes,
-                "base": known[row.base][0] if row.base else None,
-                "added": row.added,
-            }
+    for name, count, newest in sorted(_tuples(db, counts)):
+        _, added, adapter_id, method, n_parameters, n_bytes, from_ = now_at.get(name) or (None,) * 7
+        entry = {
+            "name": name,
+            "versions": count,
+            "newest": newest,
+            "labels": on.get(name, {}),
+            "id": adapter_id,
+            "method": method,
+            "n_parameters": n_parameters,
+            "bytes": n_bytes,
+            "base": base_names[from_],
+            "added": added,
+        }
         if base is not None:
-            entry["fits"], entry["differs"] = (None, []) if row is None else fits[row.base]
+            entry["fits"], entry["differs"] = fits[from_] if adapter_id else (None, [])
         found.append(entry)
     return found
+
+
+def _tuples(db: Connection, query: Select[Any]) -> list[tuple[Any, ...]]:
+    """All rows as the driver gives them: a third of the time of SQLAlchemy's rows, which thousands of names feel."""
+    result = db.execute(query)
+    rows = result.cursor.fetchall()
+    result.close()
+    return rows
 
 
 def _fits(text: str, base: BaseFingerprint) -> tuple[str, list[str]]:
