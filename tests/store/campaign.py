@@ -265,6 +265,8 @@ def after_line(root: Path, name: str) -> str | None:
             raise
     registry.add("beta", tiny(9))
     registry.gc()
+    if (fresh := root.parent / "fresh").is_dir() and list(fresh.glob(".registry.json.*")):
+        return f"left behind: {list(fresh.iterdir())}"
     left = [p.name for p in (root / "aside").iterdir()]
     if left or len(list((root / "leases").glob("*.lock"))) != 1:
         return f"left behind: {left}, {list((root / 'leases').iterdir())}"

@@ -325,7 +325,10 @@ def test_store_registry_another_or_a_lost_index_is_refused(three, tmp_path):
     (tmp_path / "photos" / "me.jpg").write_bytes(b"1")
     with pytest.raises(RegistryError, match=r"something that is no registry \(me\.jpg\)"):
         Registry(tmp_path / "photos", create=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".registry.json.0a1b2c3d").write_text("{")  # a process was killed while it made one
     other = Registry(tmp_path / "other", create=True)
+    assert {p.name for p in other.root.iterdir()} <= {"registry.json", "index.sqlite", ".lock"}
     with pytest.raises(RegistryError, match="keeps its index in its folder"):
         Registry(three.root, index=f"sqlite:///{other.root / 'index.sqlite'}")
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"

@@ -227,8 +227,7 @@ def test_the_same_files_by_other_paths_are_the_same_run(base: Path, tmp_path: Pa
     for name in ("one", "two"):
         plain = often(base, data={"train": str(tmp_path / name / "rows.jsonl")})
         if name == "two":
-            (tmp_path / "link").symlink_to(base.parent)
-            plain["base"]["path"] = str(tmp_path / "link" / base.name)
+            plain["base"]["path"] = str(shutil.copytree(base, tmp_path / "another name"))
         with contextlib.closing(deltaw.train(plain, tmp_path / "run")) as events:
             start = next(iter(events))
             assert start.first_step == (0 if name == "one" else 2)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from deltaw.core.fingerprint import BaseFingerprint
 
 MARK = "registry.json"
-_SELF = (".lock", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "leases", "aside", "objects")
+_SELF = {".lock", "leases", "aside", "objects", *(f"index.sqlite{s}" for s in ("", "-wal", "-shm", "-journal"))}
 
 
 class Registry:
@@ -64,7 +64,8 @@ class Registry:
     def _create(self, is_elsewhere: bool) -> None:
         with space_explained("a registry", self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-        if other := sorted(p.name for p in self.root.iterdir() if p.name not in _SELF):
+        left = f".{MARK}."  # what a killed process was writing
+        if other := sorted(p.name for p in self.root.iterdir() if p.name not in _SELF and not p.name.startswith(left)):
             raise RegistryError(f"{self.root} holds something that is no registry ({other[0]}). Choose another folder.")
         with registry_lock(self.root):
             if (self.root / MARK).is_file():
@@ -72,6 +73,8 @@ class Registry:
             token = self.index.create(uuid.uuid4().hex)
             mark = {"format": 1, "token": token, "index": "elsewhere" if is_elsewhere else "sqlite"}
             write_text(self.root / MARK, json.dumps(mark) + "\n")
+            for path in self.root.glob(f"{left}*"):
+                path.unlink()
 
     def _check(self, is_elsewhere: bool) -> None:
         """Raise RegistryError unless the index is the one that belongs here: with another, gc would clear the store."""
