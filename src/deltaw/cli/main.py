@@ -9,11 +9,10 @@ from pathlib import Path
 
 import typer
 
-from deltaw.cli import data, export
+from deltaw.cli import adapters, data, export
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
 from deltaw.cli.diagnose import diagnose
-from deltaw.cli import adapters, data
 from deltaw.cli.eval import evaluate
 from deltaw.cli.extract import extract
 from deltaw.cli.fetch import fetch
