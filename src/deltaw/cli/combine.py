@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deltaw.cli.compress import print_cuts
+from deltaw.cli.references import RegistryOption, adapter_path
 
 if TYPE_CHECKING:
     from deltaw.merge.combine import CombineReport
 
 
 def combine(
-    adapter: Annotated[list[str], typer.Option(help="The folder of an adapter or of a run; once for each.")],
+    adapter: Annotated[
+        list[str], typer.Option(help="Folder of an adapter or of a run, or NAME[@V] in the registry; once for each.")
+    ],
     weight: Annotated[
         list[float] | None, typer.Option(help="Its weight, in the same order; negative takes away. By default 1 each.")
     ] = None,
@@ -46,13 +49,14 @@ def combine(
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Combine although the adapters come from different bases.")
     ] = False,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Sum the changes of several adapters, of any rank, scale and method, with weights."""
     from deltaw.merge.combine import combine as run
 
     report = run(
-        adapter,
+        [adapter_path(one, registry) for one in adapter],
         weight or None,
         method=method,
         out=out,

@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltaw.cli.references import RegistryOption, adapter_path
+
 if TYPE_CHECKING:
     from deltaw.merge.cuts import SiteCut
 
 
 def compress(
-    adapter: Annotated[str, typer.Option(help="The folder of an adapter or of a run.")],
+    adapter: Annotated[str, typer.Option(help="Folder of an adapter or of a run, or NAME[@V] in the registry.")],
     out: Annotated[str, typer.Option(help="Where the smaller adapter goes.")],
     rank: Annotated[int | None, typer.Option(help="At most this rank at each place.")] = None,
     error: Annotated[
         float | None, typer.Option(help="The lowest rank at each place that keeps |dW - dW'| / |dW| at or below this.")
     ] = None,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter at a lower rank, from its factors alone, and say what is lost at each place."""
     from deltaw.merge.compress import compress as run
 
-    report = run(adapter, out, rank=rank, error=error)
+    report = run(adapter_path(adapter, registry), out, rank=rank, error=error)
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
         return

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltaw.cli.references import RegistryOption, adapter_path
+
 if TYPE_CHECKING:
     from deltaw.diagnose.diagnose import Diagnosis
 
 
 def diagnose(
-    path: Annotated[str, typer.Argument(help="The folder of a run or of an adapter.")],
+    path: Annotated[str, typer.Argument(help="Folder of a run or of an adapter, or NAME[@V] in the registry.")],
     base: Annotated[str | None, typer.Option(help="Its base; by default the one it names, where that is here.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Rows to measure the loss on with and without the adapter (the first 64).")
@@ -39,6 +41,7 @@ def diagnose(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Write report.html and its pictures into this new folder.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when something is found.")] = False,
+    registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what went wrong with a run or an adapter, why, and what to do."""
@@ -49,7 +52,7 @@ def diagnose(
     if out is not None:
         refuse_used(Path(out))
     found = look(
-        path,
+        adapter_path(path, registry),
         base,
         data=data,
         merged=merged,

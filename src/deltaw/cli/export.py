@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltaw.cli.references import RegistryOption, adapter_path
+
 if TYPE_CHECKING:
     from deltaw.export.llama_cpp import GgufReport
     from deltaw.export.peft import FolderReport
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 Base = Annotated[str, typer.Option(help="A folder, a hub id, a .gguf file or a starter name.")]
-AdapterPath = Annotated[str, typer.Option(help="The folder of an adapter or of a run.")]
+AdapterPath = Annotated[str, typer.Option(help="Folder of an adapter or of a run, or NAME[@V] in the registry.")]
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Export although the adapter comes from another base.")
 ]
@@ -30,20 +32,24 @@ def export() -> None:
 def gguf(
     base: Base,
     out: Annotated[str, typer.Option(help="The file to write; it must not be there yet.")],
-    adapter: Annotated[str | None, typer.Option(help="The folder of an adapter or of a run.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of an adapter or of a run, or NAME[@V] in the registry.")
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model, not the adapter alone.")] = False,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, float16 or bfloat16; by default float32 for an adapter, the base's for a model."),
     ] = None,
     allow_other_base: OtherBase = False,
+    registry: RegistryOption = None,
     as_json: Json = False,
 ) -> None:
     """Write a LoRA for llama.cpp; with --merged a whole model. What GGUF cannot say is named first."""
     from deltaw.export.llama_cpp import export_gguf
 
+    folder = None if adapter is None else adapter_path(adapter, registry)
     report = export_gguf(
-        base, out, adapter=adapter, merged=merged, dtype=dtype, allow_other_base=allow_other_base, say=_say
+        base, out, adapter=folder, merged=merged, dtype=dtype, allow_other_base=allow_other_base, say=_say
     )
     about = f"alpha {report.alpha:g}, {report.n_folded} scales in B" if report.kind == "adapter" else report.tokenizer
     _print(report, f"{report.architecture} {report.kind}, {report.dtype}, {report.n_tensors} tensors, {about}", as_json)
@@ -53,12 +59,13 @@ def gguf(
 def peft(
     adapter: AdapterPath,
     out: Annotated[str, typer.Option(help="The folder to write; it must not be there yet.")],
+    registry: RegistryOption = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder for PEFT alone: every scale as alpha / rank, no file of deltaw's."""
     from deltaw.export.peft import export_peft
 
-    report = export_peft(adapter, out)
+    report = export_peft(adapter_path(adapter, registry), out)
     _print(report, f"{report.method}, {report.n_tensors} tensors", as_json)
 
 
@@ -69,12 +76,14 @@ def vllm(
     out: Annotated[str, typer.Option(help="The folder to write; it must not be there yet.")],
     max_rank: Annotated[int | None, typer.Option(help="The server's --max-lora-rank.")] = None,
     allow_other_base: OtherBase = False,
+    registry: RegistryOption = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder that vLLM and LoRAX load: one rank, one alpha. What they do not load is named first."""
     from deltaw.export.vllm import export_vllm
 
-    report = export_vllm(base, adapter, out, max_rank=max_rank, allow_other_base=allow_other_base, say=_say)
+    folder = adapter_path(adapter, registry)
+    report = export_vllm(base, folder, out, max_rank=max_rank, allow_other_base=allow_other_base, say=_say)
     told = f"rank {report.rank}, alpha {report.alpha:g}; serve with --max-lora-rank {max_rank or report.max_lora_rank}"
     _print(report, told, as_json)
 

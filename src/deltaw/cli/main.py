@@ -46,11 +46,10 @@ app.command("compress")(compress)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.command("diagnose")(diagnose)
-app.add_typer(data.app, name="data")
-app.add_typer(export.app, name="export")
 app.command("readapt")(readapt)
-app.add_typer(data.app, name="data")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(export.app, name="export")
+app.add_typer(data.app, name="data")
 
 
 @app.callback()
