@@ -115,6 +115,14 @@ def test_cli_adapters_a_reference_serves_wherever_a_folder_does(
     assert deltaw("inspect", base, "--json").json["kind"] == "base"
     merged = deltaw("merge", "--base", base, "--adapter", "yes-no@1", "--out", tmp_path / "m", "--no-check", "--json")
     assert merged.code == 0
+    small = deltaw("compress", "--adapter", "yes-no", "--rank", 1, "--out", tmp_path / "small", "--json")
+    twice = deltaw("combine", "--adapter", "yes-no", "--adapter", "yes-no@1", "--out", tmp_path / "twice", "--json")
+    assert small.json["parent"] == twice.json["parents"][1] == deltaw("inspect", "yes-no", "--json").json["id"]
+    plain = deltaw("export", "peft", "--adapter", "yes-no", "--out", tmp_path / "plain", "--json")
+    assert plain.json["adapter"] == small.json["parent"]
+    served = deltaw("export", "vllm", "--base", base, "--adapter", "yes-no", "--out", tmp_path / "vllm", "--json")
+    whole = deltaw("diagnose", "yes-no", "--base", base, "--json")
+    assert (served.code, whole.code, whole.json["method"]) == (0, 0, "lora")
     refused(deltaw("inspect", "yes-no@v1"), "RegistryError", "write yes-no@1")
     refused(deltaw("generate", "--base", base, "--adapter", "yes-on", "x"), "NotFound", "Did you mean 'yes-no'")
 

@@ -165,7 +165,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(v, dict) for v in value):
         return "\n".join(_inline(v) for v in value)
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(shown(v) for v in value)
     return _inline(value)
 
 

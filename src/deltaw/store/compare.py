@@ -19,7 +19,8 @@ def compare_adapters(registry: Registry, a: str, b: str) -> dict[str, Any]:
 
     settings, recipe, base   keys whose values differ (dotted)
     metrics, data_hash       of both
-    tensors                  counts: same (bit for bit), changed, only_a, only_b; `largest_change`: of one number
+    tensors                  counts: same (bit for bit), changed, only_a, only_b; `largest_change`: of
+                             one number, None where no two shapes are alike
     related                  "a is a parent of b", or the other way round, or None
     """
     first, second = registry.resolve(a), registry.resolve(b)
@@ -70,7 +71,7 @@ def _tensors(a: Adapter, b: Adapter) -> dict[str, Any]:
         "changed": len(both) - len(same),
         "only_a": len(ours.keys() - theirs.keys()),
         "only_b": len(theirs.keys() - ours.keys()),
-        "largest_change": max(gaps, default=0.0),
+        "largest_change": max(gaps, default=None if both and not same else 0.0),
     }
 
 
