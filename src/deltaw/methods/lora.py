@@ -115,7 +115,7 @@ class Lora(LowRank):
         return super().lower(site, _joined(params), weight, bias)
 
     def settled(self, made: Made, sites: Mapping[str, Any]) -> Made:
-        """A plain LoRA; with a start of the weight's, of twice the rank: B A - B0 A0 is [B, -B0] [A; A0]."""
+        """A plain LoRA; with a start of the weight's, of twice the rank: B A - B0 A0 is `[B, -B0]` times `[A; A0]`."""
         if self.start == "random":
             return made
         if self.start not in OF_THE_WEIGHT:

@@ -84,7 +84,7 @@ def parameters(maps: Sequence[Map]) -> list[Tensor]:
 def forward(
     maps: Sequence[Map], x: Tensor, outs: Sequence[Tensor], arena: Arena, *, onto: Tensor | None = None
 ) -> Kept:
-    """Fill outs[i] [n, out_i] with map i at x [n, in], plus `onto` where it is given; outs may be strided."""
+    """Fill `outs[i]`, `[n, out_i]`, with map i at x [n, in], plus `onto` where it is given; outs may be strided."""
     factors = [a for m in maps if (a := m.part("A")) is not None]
     a = u = None
     if factors:
