@@ -1,0 +1,1 @@
+"""Serving: many adapters of any method over one base, decoded together."""
