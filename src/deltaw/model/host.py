@@ -6,7 +6,7 @@ module back, and with no adapter in use a host calls that module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,8 +18,10 @@ from deltaw.core.bottleneck import Bottleneck
 from deltaw.core.site import BlockSite, LinearSite
 from deltaw.core.spec import Form, MethodSpec, Params
 from deltaw.core.weight import Weight
-from deltaw.ops.affine import apply, apply_columns, delta
+from deltaw.model.route import Route
+from deltaw.ops.affine import apply, apply_columns, change_rows_, delta
 from deltaw.ops.bottleneck import bottleneck_delta
+from deltaw.ops.rowgain import gained
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Slot:
     params  its parameters there and the shared ones; empty where it has rows only, or only listens
     site    the place they belong to: the host's own map, or the half of a block that ends with it
     heard   the block's half for which it keeps the host's input, or None
+    form    its normal form there, where that stays; None: made from `params`
     """
 
     spec: MethodSpec
@@ -48,6 +51,7 @@ class Slot:
     site: LinearSite | BlockSite
     rows: Rows | None = None
     heard: str | None = None
+    form: Form | None = None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Run:
               not depend on which documents share a pack; None: the whole input has one mask
     forms     normal forms made while nothing trains, by (place, adapter's slot); None: each forward makes them anew
     heard     inputs of the halves of blocks being computed, by the half's name, for a network that stands beside one
+    route     which adapter each row wears in a serving step, instead of `use`; None: all rows wear those in use
     """
 
     use: dict[str, float] = field(default_factory=dict)
@@ -69,6 +74,7 @@ class Run:
     pack: tuple[tuple[int, int, int], ...] | None = None
     forms: dict[tuple[str, int], Form] | None = None
     heard: dict[str, Tensor] = field(default_factory=dict)
+    route: Route | None = None
 
     @contextmanager
     def keeping_forms(self) -> Iterator[None]:
@@ -110,6 +116,8 @@ class Host(nn.Module):
 
     def form(self, slot: Slot) -> Form:
         """The normal form of what one adapter holds here."""
+        if slot.form is not None:
+            return slot.form
         kept = None if torch.is_grad_enabled() else self.run.forms
         key = (self.site.name, id(slot))
         if kept is not None and key in kept:
@@ -121,6 +129,8 @@ class Host(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] (plus the new columns where an adapter adds vocabulary to a head)."""
+        if self.run.route is not None:
+            return self._routed(x, self.run.route)
         used = self.in_use()
         for slot, _ in used:
             if slot.heard is not None:
@@ -137,6 +147,28 @@ class Host(nn.Module):
             if slot.rows is not None:
                 y = _with_columns(y, slot.rows.ids, self._columns(slot, slot.rows, x))
         return y
+
+    def _routed(self, x: Tensor, route: Route) -> Tensor:
+        """`forward` where each row wears its own adapter: one product for all rows, then each segment's change."""
+        flat = x.reshape(-1, x.shape[-1])
+        here = [(a, b, self.slots[key]) for a, b, key in route.at(len(flat)) if key in self.slots]
+        for _, _, slot in here:
+            if slot.heard is not None:
+                self.run.heard[slot.heard] = flat
+        u = self.run.heard.pop(self.site.name, None)
+        changed = [(slice(a, b), self.form(slot)) for a, b, slot in here if slot.params]
+        y = self.original(_with_in_gains(x, changed)).reshape(len(flat), -1)
+        for rows, form in changed:
+            if isinstance(form, Affine):
+                change_rows_(y[rows], form, flat[rows], self.bias)
+            else:
+                y[rows] += self._delta(form, flat[rows], y[rows], None if u is None else u[rows])
+        for a, b, slot in here:
+            if slot.rows is not None:
+                new = self._columns(slot, slot.rows, flat[a:b])
+                y = _wider(y, slot.rows.ids)
+                y[a:b] = y[a:b].index_copy(-1, slot.rows.ids, new)
+        return y.reshape(*x.shape[:-1], -1)
 
     def _changed(self, form: Form, x: Tensor, u: Tensor | None) -> Tensor:
         """The output with one change; u is the input of the block's half that ends here, where it was kept."""
@@ -190,10 +222,23 @@ class EmbeddingHost(Host):
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """ids [...] -> [..., dim]."""
-        used = self.in_use()
+        route = self.run.route
+        if route is None:
+            return self._worn(ids, self.original(self._known(ids, self.in_use())), self.in_use())
+        here = [(a, b, [(self.slots[key], 1.0)]) for a, b, key in route.rows if key in self.slots]
+        y = self.original(self._known(ids, [used[0] for _, _, used in here]))
+        for a, b, used in here:
+            y[:, a:b] = self._worn(ids[:, a:b], y[:, a:b], used)
+        return y
+
+    def _known(self, ids: Tensor, used: Sequence[tuple[Slot, float]]) -> Tensor:
+        """ids with any id of the base's in place of new tokens' ids."""
+        return ids.clamp(max=self.frozen.in_features - 1) if any(s.rows is not None for s, _ in used) else ids
+
+    def _worn(self, ids: Tensor, y: Tensor, used: Sequence[tuple[Slot, float]]) -> Tensor:
+        """The base's embeddings y of ids, with the changes `used`."""
         n_vocab = self.frozen.in_features
-        known = ids.clamp(max=n_vocab - 1) if any(s.rows is not None for s, _ in used) else ids
-        y = self.original(known)
+        known = self._known(ids, used)
         gain = getattr(self.original, "embed_scale", None)  # Gemma 3 scales inside its embedding
         base = None
         for slot, w in used:
@@ -223,7 +268,22 @@ def _looked_up(y: Tensor, ids: Tensor, rows: Rows, n_vocab: int, gain: Tensor | 
 
 def _with_columns(y: Tensor, ids: Tensor, new: Tensor) -> Tensor:
     """Logits y [..., V] with the columns `ids` replaced or appended by `new` [..., n]."""
+    return _wider(y, ids).index_copy(-1, ids, new)
+
+
+def _wider(y: Tensor, ids: Tensor) -> Tensor:
+    """Logits y [..., V] with impossible new columns, so that all of `ids` are among them."""
     extra = int(ids.max()) + 1 - y.shape[-1]
-    if extra > 0:
-        y = torch.cat([y, y.new_full((*y.shape[:-1], extra), float("-inf"))], -1)
-    return y.index_copy(-1, ids, new)
+    return y if extra <= 0 else torch.cat([y, y.new_full((*y.shape[:-1], extra), float("-inf"))], -1)
+
+
+def _with_in_gains(x: Tensor, changed: Sequence[tuple[slice, Form]]) -> Tensor:
+    """x with each segment's gain on inputs; a copy where there is one."""
+    gains = [(rows, f.in_gain) for rows, f in changed if isinstance(f, Affine) and f.in_gain is not None]
+    if not gains:
+        return x
+    x = x.clone()
+    flat = x.view(-1, x.shape[-1])
+    for rows, gain in gains:
+        flat[rows] = gained(flat[rows], gain)
+    return x

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deltaw.core.bottleneck import Bottleneck
 from deltaw.core.site import BlockSite, VirtualSite
+from deltaw.core.spec import Form
 from deltaw.model.attachment import Attachment
 from deltaw.model.host import EmbeddingHost, Host, Rows, Run, Slot
 from deltaw.model.places import Places
@@ -24,13 +25,14 @@ class Installed:
         self._hosts: dict[str, Host] = {}
         self._swaps: dict[str, Swapped] = {}
 
-    def install(self, name: str, made: Attachment) -> None:
-        """Put one adapter's changes into their places."""
+    def install(self, name: str, made: Attachment, forms: Mapping[str, Form] | None = None) -> None:
+        """Put one adapter's changes into their places. forms: its normal forms, where they are made and stay."""
+        forms = forms or {}
         for site_name in made.sites:
             site = made.places[site_name]
             if isinstance(site, VirtualSite):
                 continue
-            self._host(site.name).slots[name] = Slot(made.spec, made.at(site.name), site)
+            self._host(site.name).slots[name] = Slot(made.spec, made.at(site.name), site, form=forms.get(site.name))
             if isinstance(site, BlockSite):
                 self._listen(name, site, made)
         for tensor, value in made.swaps.items():

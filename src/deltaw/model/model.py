@@ -79,7 +79,7 @@ class Model(Computes):
         self.places = Places.of(net, sites, weights, biases, modules)
         self._base_tensors = dict(net.named_parameters(remove_duplicate=False))
         self._overrides = Overrides(net)
-        self._installed = Installed(self.places, self.run, self._base_tensors)
+        self.installed = Installed(self.places, self.run, self._base_tensors)
 
     # Attach, use, detach ------------------------------------------------------------------------
 
@@ -120,10 +120,8 @@ class Model(Computes):
             adapter = what if isinstance(what, Adapter) else read_adapter(Path(what))
             if adapter.spec.trains_base:
                 raise AdapterError("A fully fine-tuned model is a base of its own: load it with load_base.")
-            compare(adapter.fingerprint, self.fingerprint, allow_other_base)
-            made = strict(adapter, self.places, self._base_tensors)
+            made = self._matched(adapter, allow_other_base)
             made.trainable = trainable
-            self._refuse_fused(made)
             if made.spec.new_tokens:
                 self._take_tokens(made.spec.new_tokens, made)
             for tensor in made.tensors().values():
@@ -133,13 +131,31 @@ class Model(Computes):
                 tensor.requires_grad_(trainable)
         made.to(self.device)
         self.adapters[name] = made
-        self._installed.install(name, made)
+        self.installed.install(name, made)
         try:
             self.use(name)
         except DeltawError:
             self.detach(name)
             raise
         return name
+
+    def _matched(self, adapter: Adapter, allow_other_base: bool) -> Attachment:
+        compare(adapter.fingerprint, self.fingerprint, allow_other_base)
+        made = strict(adapter, self.places, self._base_tensors)
+        self._refuse_fused(made)
+        return made
+
+    def matched(self, adapter: Adapter, allow_other_base: bool = False) -> tuple[Attachment, Any]:
+        """A finished adapter matched with this model, strictly, and the base's tokenizer with its new tokens.
+
+        Nothing is attached. Raises AdapterError as `attach` does.
+        """
+        made = self._matched(adapter, allow_other_base)
+        if not made.spec.new_tokens:
+            return made, self._own_tokenizer
+        tokenizer, ids = with_tokens(self._own_tokenizer, made.spec.new_tokens)
+        self._refuse_other_ids(made, ids)
+        return made, tokenizer
 
     def _fresh(self, spec: MethodSpec, seed: int, calibration: Sequence[Batch]) -> Attachment:
         directions = self._directions(spec, calibration) if spec.calibrates and calibration else {}
@@ -207,14 +223,18 @@ class Model(Computes):
     def _take_tokens(self, tokens: tuple[str, ...], saved: Attachment | None = None) -> list[int]:
         """Teach the tokenizer `tokens`; AdapterError when it gives them other ids than `saved` holds rows for."""
         tokenizer, ids = with_tokens(self.tokenizer, tokens)
-        for tensor, (rows, _) in saved.rows.items() if saved else ():
-            if not set(ids) <= set(rows.tolist()):
-                raise AdapterError(
-                    f"The tokenizer gives {', '.join(tokens)} the ids {ids}, but the adapter's rows of {tensor} are "
-                    f"{rows.tolist()}. Attach it alone: another adapter's new tokens are in the way."
-                )
+        if saved is not None:
+            self._refuse_other_ids(saved, ids)
         self.tokenizer = tokenizer
         return ids
+
+    def _refuse_other_ids(self, saved: Attachment, ids: list[int]) -> None:
+        for tensor, (rows, _) in saved.rows.items():
+            if not set(ids) <= set(rows.tolist()):
+                raise AdapterError(
+                    f"The tokenizer gives {', '.join(saved.spec.new_tokens)} the ids {ids}, but the adapter's rows of "
+                    f"{tensor} are {rows.tolist()}. Attach it alone: another adapter's new tokens are in the way."
+                )
 
     def add_tokens(self, tokens: list[str], name: str | None = None) -> list[int]:
         """Add vocabulary to an attached, trainable adapter: only the new rows train and are saved.
@@ -229,7 +249,7 @@ class Model(Computes):
         made.rows |= add_rows(ids, self.net, self._base_tensors, self.places)
         made.to(self.device)
         made.spec = made.spec.model_copy(update={"new_tokens": (*made.spec.new_tokens, *tokens)})
-        self._installed.install_rows(name, made)
+        self.installed.install_rows(name, made)
         return ids
 
     def use(self, which: str | Mapping[str, float] | None) -> None:
@@ -285,7 +305,7 @@ class Model(Computes):
             del self.adapters[gone]
             self.run.use.pop(gone, None)
             self._overrides.apply(self._overrides_of(list(self.run.use)))
-            self._installed.remove(gone)
+            self.installed.remove(gone)
         if not any(a.rows for a in self.adapters.values()):
             self.tokenizer = self._own_tokenizer
 

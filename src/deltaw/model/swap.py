@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltaw.model.host import Run
+from deltaw.model.route import Route
 
 
 class Swapped(nn.Module):
@@ -45,8 +48,25 @@ class Swapped(nn.Module):
         return {k: own[k] + sum(w * (v[k].to(own[k].dtype) - own[k]) for v, w in used if k in v) for k in keys}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_used():
-            return self.original(*args, **kwargs)
+        if self.run.route is not None:
+            return self._routed(args, kwargs, self.run.route)
+        return self._computed(self.seen(), args, kwargs) if self.is_used() else self.original(*args, **kwargs)
+
+    def _computed(self, seen: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         own = dict(self.original.named_parameters()) | dict(self.original.named_buffers())
-        seen = {k: t.to(own[k].dtype) for k, t in self.seen().items()}
-        return functional_call(self.original, seen, args, kwargs, tie_weights=False)
+        cast = {k: t.to(own[k].dtype) for k, t in seen.items()}
+        return functional_call(self.original, cast, args, kwargs, tie_weights=False)
+
+    def _routed(self, args: Any, kwargs: Any, route: Route) -> Any:
+        """Segment by segment: every tensor given is [1, rows, ...], and so is the result."""
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        segments = route.at(given[0].shape[1])
+        if not any(key in self.values for _, _, key in segments):
+            return self.original(*args, **kwargs)
+        parts = []
+        for a, b, key in segments:
+            own = [t[:, a:b] if isinstance(t, Tensor) else t for t in args]
+            named = {k: t[:, a:b] if isinstance(t, Tensor) else t for k, t in kwargs.items()}
+            seen = self.values.get(key) if key is not None else None
+            parts.append(self._computed(seen, own, named) if seen else self.original(*own, **named))
+        return torch.cat(parts, 1)

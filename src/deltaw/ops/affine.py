@@ -49,6 +49,21 @@ def delta(
     return d
 
 
+def change_rows_(y: Tensor, affine: Affine, x: Tensor, base_bias: Tensor | None) -> None:
+    """Change the base's output y [n, out] in place into the changed map's at x [n, in], without the map's product.
+
+    y  W (in_gain * x) + the base's bias: a gain on inputs is in it already. Not for training.
+    """
+    if affine.A is not None and affine.B is not None:
+        y.addmm_(x @ affine.A.to(x.dtype).T, affine.B.to(x.dtype).T, alpha=affine.scale)
+    bias = base_bias
+    if affine.bias is not None:
+        bias = affine.bias.to(y.dtype)
+        y += bias if base_bias is None else bias - base_bias
+    if affine.out_gain is not None:
+        y.copy_(gained(y, affine.out_gain, bias))
+
+
 def apply_columns(affine: Affine, ids: Tensor, weight: Weight) -> Tensor:
     """The changed map at one-hot inputs, as an embedding looks up: ids [...] -> [..., out].
 
