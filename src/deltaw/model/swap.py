@@ -58,15 +58,19 @@ class Swapped(nn.Module):
         return functional_call(self.original, cast, args, kwargs, tie_weights=False)
 
     def _routed(self, args: Any, kwargs: Any, route: Route) -> Any:
-        """Segment by segment: every tensor given is [1, rows, ...], and so is the result."""
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        segments = route.at(given[0].shape[1])
+        """Segment by segment: every tensor given is [1, rows, ...] or [rows, ...], and so is the result."""
+        if len(route.rows) == 1:
+            own = self.values.get(route.rows[0][2] or "")
+            return self._computed(own, args, kwargs) if own else self.original(*args, **kwargs)
+        shape = next(t.shape for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        dim = 1 if shape[0] == 1 else 0  # two segments are more than one row
+        segments = route.at(shape[dim])
         if not any(key in self.values for _, _, key in segments):
             return self.original(*args, **kwargs)
         parts = []
         for a, b, key in segments:
-            own = [t[:, a:b] if isinstance(t, Tensor) else t for t in args]
-            named = {k: t[:, a:b] if isinstance(t, Tensor) else t for k, t in kwargs.items()}
-            seen = self.values.get(key) if key is not None else None
-            parts.append(self._computed(seen, own, named) if seen else self.original(*own, **named))
-        return torch.cat(parts, 1)
+            given = tuple(t.narrow(dim, a, b - a) if isinstance(t, Tensor) else t for t in args)
+            named = {k: t.narrow(dim, a, b - a) if isinstance(t, Tensor) else t for k, t in kwargs.items()}
+            seen = self.values.get(key or "")
+            parts.append(self._computed(seen, given, named) if seen else self.original(*given, **named))
+        return torch.cat(parts, dim)
