@@ -52,6 +52,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    published: int = 0  # pages that others can find
     cancelled: bool = False
     met: bool = False  # whether it was admitted before
 
@@ -150,6 +151,7 @@ class Scheduler:
         self.running.append(self.waiting.popleft())
         sequence.hold(found)
         sequence.hold(taken)
+        sequence.published = len(found)
         sequence.computed = len(found) * PAGE_TOKENS
         if not sequence.met:
             self.prefix_hits += sequence.computed
@@ -171,12 +173,12 @@ class Scheduler:
 
     def computed(self, sequence: Sequence, n: int) -> None:
         """n more tokens of the sequence are in its pages: full pages can be found by others from now on."""
-        first = sequence.computed // PAGE_TOKENS
         sequence.computed += n
         full = sequence.computed // PAGE_TOKENS
-        if full > first:
-            for i, name in enumerate(sequence.digests_of(full)[first:], start=first):
-                self.pages.publish(sequence.pages[i], name)
+        if full > sequence.published:
+            for page, name in list(zip(sequence.pages, sequence.digests_of(full), strict=False))[sequence.published :]:
+                self.pages.publish(page, name)
+            sequence.published = full
 
 
 def _slots(sequence: Sequence, places: np.ndarray) -> np.ndarray:
