@@ -65,6 +65,17 @@ def test_serve_sampling_draws_what_transformers_would(given):
     assert (wanted > 0).sum() > 1
 
 
+def test_serve_sampling_draws_from_a_vocabulary_of_several_blocks():
+    wide = torch.full((700,), -40.0)
+    chances = {0: 0.1, 127: 0.2, 128: 0.3, 640: 0.25, 699: 0.15}
+    for token, p in chances.items():
+        wide[token] = math.log(p)
+    got = draws({"temperature": 1.0}, 3000, wide)
+    assert set(got) == set(chances)
+    for token, p in chances.items():
+        assert abs(got[token] - 3000 * p) <= 5 * math.sqrt(3000 * p * (1 - p))
+
+
 def test_serve_sampling_ranks_on_where_the_likeliest_do_not_reach_top_p():
     flat = torch.linspace(0.0, 1e-3, 5000)
     got = draws({"top_p": 0.9}, 800, flat)

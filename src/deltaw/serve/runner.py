@@ -55,13 +55,13 @@ class GenericRunner:
         try:
             return paged_logits(
                 self._model.net, _Attention(batch, self._pages), batch.ids, batch.positions, batch.wanted,
-                self._vectors(batch),
+                self.vectors(batch),
             )  # fmt: skip
         finally:
             self._model.run.route = None
             self._model.run.heard.clear()
 
-    def _vectors(self, batch: StepBatch) -> Tensor | None:
+    def vectors(self, batch: StepBatch) -> Tensor | None:
         """The vectors that stand for negative ids, in order; None where there are none."""
         if not bool((batch.ids < 0).any()):
             return None

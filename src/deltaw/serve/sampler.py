@@ -20,6 +20,7 @@ from deltaw.errors import SpecError
 from deltaw.serve.grammar import Matcher
 from deltaw.serve.types import Sampling
 
+_BLOCK = 128  # tokens whose probabilities are summed before it is decided which of them is drawn
 _FIRST_RANKED = 1024  # so many of the likeliest tokens are sorted first; all only where these do not reach top_p
 
 
@@ -87,6 +88,14 @@ class Chooser:
         raw = hashlib.blake2b(f"{self.seed}:{self.n}".encode(), digest_size=8).digest()
         return (int.from_bytes(raw, "little") >> 11) * 2.0**-53
 
+    @property
+    def edits(self) -> bool:
+        """Whether `edit_` does anything."""
+        s = self.sampling
+        return bool(
+            s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty or self.matcher is not None
+        )
+
     def edit_(self, logits: Tensor) -> None:
         """Apply penalties and the grammar to this row's logits [vocab], in place."""
         s = self.sampling
@@ -109,15 +118,16 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
     Log probabilities are those of the model: before penalties, grammar and temperature, as vLLM reports them.
     """
     logits = logits.float()
-    fine = torch.isfinite(logits.amax(-1)).tolist()
+    best, likeliest = logits.max(-1)
+    fine, tokens = torch.isfinite(best).tolist(), likeliest.tolist()
     before = {
         r: logits[r].log_softmax(-1) for r, c in enumerate(choosers) if fine[r] and c.sampling.logprobs is not None
     }
     for r, chooser in enumerate(choosers):
-        if fine[r]:
+        if fine[r] and chooser.edits:
             chooser.edit_(logits[r])
             fine[r] = chooser.problem is None
-    tokens = logits.argmax(-1).tolist()
+            tokens[r] = int(logits[r].argmax())
     plain = []
     for r, chooser in enumerate(choosers):
         s = chooser.sampling
@@ -144,12 +154,27 @@ def _choice(token: int, logprobs: Tensor | None, k: int | None) -> Choice:
 
 
 def _draw_any(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """A token per row [n, vocab], each by its probability: the first at which the running sum exceeds the uniform."""
+    """A token per row [n, vocab], each by its probability: the first at which the running sum exceeds the uniform.
+
+    The running sum is made of blocks first, then within one of them. logits are written over.
+    """
     temperature = torch.tensor([[c.sampling.temperature] for c in choosers], device=logits.device)
-    sums = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    whole = weights.shape[1] // _BLOCK * _BLOCK
+    parts = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1), weights[:, whole:].sum(-1, keepdim=True)]
+    sums = torch.cat(parts, 1).cumsum(-1, dtype=torch.float64)
     uniform = torch.tensor([[c.uniform()] for c in choosers], dtype=torch.float64, device=logits.device)
-    place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    return [int(p) for p in place.clamp_(max=logits.shape[-1] - 1)]
+    wanted = uniform * sums[:, -1:]
+    blocks = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[1] - 1)
+    within = (wanted - torch.cat([torch.zeros_like(wanted), sums], 1).gather(1, blocks)).flatten()
+    drawn = []
+    for row, block, rest in zip(weights, blocks.flatten().tolist(), within, strict=True):
+        start = block * _BLOCK
+        inner = row[start : start + _BLOCK].cumsum(-1, dtype=torch.float64)
+        place = start + int(torch.searchsorted(inner, rest, right=True))
+        # sums in two ways differ in their last digits: what cannot be is not drawn for that
+        drawn.append(place if place < len(row) and float(row[place]) > 0 else int(row.argmax()))
+    return drawn
 
 
 def _draw_some(logits: Tensor, s: Sampling, uniform: float) -> int:
