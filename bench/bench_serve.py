@@ -140,7 +140,10 @@ def main() -> None:
     medians = {n: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for n, rows in rounds.items()}
     for name, found in medians.items():
         print(f"{name:12} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    append(HERE / "results" / "serve.jsonl", {**identity("serve"), "runner": args.runner, "rounds": args.rounds, "cases": medians})
+    append(
+        HERE / "results" / "serve.jsonl",
+        {**identity("serve"), "runner": args.runner, "rounds": args.rounds, "cases": medians},
+    )
 
 
 if __name__ == "__main__":

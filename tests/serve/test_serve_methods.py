@@ -6,7 +6,6 @@ import pytest
 import torch
 from serving import METHODS, adapter_of, alone, ask, base
 
-from deltaw.errors import AdapterError, TargetError
 from deltaw.methods import Lora
 from deltaw.model.host import Host
 from deltaw.model.swap import Swapped
@@ -24,10 +23,8 @@ def test_serve_methods_all_in_one_batch_equal_each_alone(kind, quantised):
     before = {n: t.clone() for n, t in model.net.state_dict().items()}
     adapters = {None: None}
     for number, (name, spec) in enumerate(METHODS.items()):
-        try:
+        if (name, kind) != ("ia3", "phi"):  # it knows no places of its own in Phi
             adapters[name] = adapter_of(model, spec, seed=number)
-        except (AdapterError, TargetError) as error:  # IA3 knows no places of its own in Phi, which has no such names
-            assert "target" in str(error), error
     assert len(adapters) >= 10
     wanted = {name: [alone(model, a, p, MOST) for p in PROMPTS] for name, a in adapters.items()}
     assert sum(wanted[n] != wanted[None] for n in adapters) >= 9, "adapters change answers"

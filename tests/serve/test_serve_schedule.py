@@ -1,4 +1,4 @@
-"""Any order of arrivals, cancels, loads and unloads, on few pages: every answer is what `generate` gives, none leaks."""
+"""Any order of arrivals, cancels, loads, on few pages: every answer is what `generate` gives, and no page leaks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def test_serve_schedule_random_traffic_on_few_pages(world, seed):
     rng = random.Random(seed)
     n_pages = rng.choice([4, 5, 7, 14])
     engine = Engine(
-        model, kv_bytes=n_pages * one_page(model), max_sequences=rng.choice([3, 8, 40]), chunk_tokens=rng.choice([3, 16, 64])
+        model,
+        kv_bytes=n_pages * one_page(model),
+        max_sequences=rng.choice([3, 8, 40]),
+        chunk_tokens=rng.choice([3, 16, 64]),
     )
     assert engine.pages.n_pages == n_pages
     for name, adapter in adapters.items():
@@ -229,7 +232,7 @@ def test_serve_schedule_adapters_that_cannot_share_a_batch_are_refused(world):
     longer = adapter_of(model, LongLora(rank=3, alpha=5, max_positions=128, group_least=4))
     other = adapter_of(base("gpt2"), Lora(rank=2, alpha=3, targets="all-linear"))
     engine = Engine(model, kv_bytes=1 << 20)
-    with pytest.raises(AdapterError, match="rope|max_position"):
+    with pytest.raises(AdapterError, match=r"rope|max_position"):
         engine.load("longer", longer)
     with pytest.raises(AdapterError, match="does not fit"):
         engine.load("other", other)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError, BaseError, DataError, NotFound, SpecError, WorkFailed, near
 from deltaw.model.generate import end_tokens

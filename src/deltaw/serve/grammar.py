@@ -1,4 +1,4 @@
-"""Answers that obey a JSON schema: at each step only tokens that can still lead to such a text are left (llguidance)."""
+"""Answers that obey a JSON schema: at each step only tokens that can still lead to such a text are left."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ computed again. The oldest can always go on, so every request ends.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence as Several
+from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 import numpy as np
