@@ -7,11 +7,14 @@ import threading
 
 import pytest
 from serving import METHODS, Heard, adapter_of, alone, ask, base, n_free
+from torch import Tensor
 
 from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError, DataError, NotFound, SpecError, WorkFailed
 from deltaw.methods import LongLora, Lora
+from deltaw.serve.batch import StepBatch
 from deltaw.serve.engine import Engine
+from deltaw.serve.runner import GenericRunner
 from deltaw.serve.types import Output, Request, Sampling
 from models import VOCAB, make_ids
 
@@ -180,6 +183,27 @@ def test_serve_schedule_a_listener_that_fails_ends_its_request_only(world):
     assert engine.stats().kv_bytes_used == 0
 
 
+def test_serve_schedule_a_step_that_fails_ends_what_ran_only(world):
+    model, _, prompts, answers = world
+
+    class Once(GenericRunner):
+        calls = 0
+
+        def run(self, batch: StepBatch) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise MemoryError("no room")
+            return super().run(batch)
+
+    engine = Engine(model, kv_bytes=1 << 20, make_runner=Once)
+    first = ask(engine, prompts[2], max_tokens=MOST).wait(broken=True)
+    assert first.tokens == answers[None, 2][:2]
+    assert first.outputs[-1].error == "MemoryError: no room"
+    assert ask(engine, prompts[2], max_tokens=MOST).wait().tokens == answers[None, 2]
+    engine.close()
+    assert engine.stats().kv_bytes_used == 0
+
+
 def test_serve_schedule_closing_drains_or_cancels(world):
     model, _, prompts, answers = world
     engine = Engine(model, kv_bytes=1 << 20)
@@ -242,3 +266,8 @@ def test_serve_schedule_adapters_that_cannot_share_a_batch_are_refused(world):
     with pytest.raises(AdapterError, match="Detach mine"):
         Engine(model)
     model.detach()
+    engine = Engine(model, kv_bytes=1 << 20)
+    engine.load("a", adapters["lora"])
+    with pytest.raises(AdapterError, match="Another engine"):
+        Engine(model)
+    engine.close()

@@ -149,7 +149,13 @@ def test_serve_text_any_object_and_schemas_that_cannot_be():
         assert h.finished in ("stop", "length")
         if h.finished == "stop":
             assert isinstance(json.loads(h.text), dict)
-    for wrong, says in [("{", "not JSON"), ("[1]", "is an object"), ('{"type": "nothing"}', "cannot be followed")]:
+    broken = {
+        "{": "not JSON",
+        "[1]": "is an object",
+        "[" * 9**6: "not JSON",
+        '{"type": "nothing"}': "cannot be followed",
+    }
+    for wrong, says in broken.items():
         with pytest.raises(SpecError, match=says):
             ask(engine, prompt, Sampling(json_schema=wrong))
     engine.close()

@@ -25,6 +25,11 @@ class Installed:
         self._hosts: dict[str, Host] = {}
         self._swaps: dict[str, Swapped] = {}
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether every module is the base's own."""
+        return not self._hosts and not self._swaps
+
     def install(self, name: str, made: Attachment, forms: Mapping[str, Form] | None = None) -> None:
         """Put one adapter's changes into their places. forms: its normal forms, where they are made and stay."""
         forms = forms or {}

@@ -65,7 +65,7 @@ class Engine:
     chunk_tokens   at most so many tokens of prompts are computed in one step, beside every running answer's next one
     make_runner    what computes steps (serve/runner.py)
 
-    Raises BaseError for a base that cannot be served, AdapterError for one with adapters attached.
+    Raises BaseError for a base that cannot be served, AdapterError for one with adapters in it.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Engine:
             raise BaseError(f"Only models that go on with a text are served; this is {model.kind!r}.")
         if model.adapters:
             raise AdapterError(f"Detach {', '.join(sorted(model.adapters))} first: the engine loads its own adapters.")
+        if not model.installed.is_bare:
+            raise AdapterError("Another engine serves this model: close it first.")
         if max_sequences < 1 or chunk_tokens < 1:
             raise SpecError("max_sequences and chunk_tokens must be 1 or more.")
         self.model = model
@@ -300,7 +302,11 @@ class Engine:
                 )
                 if self._stopped and not (self._of or self._orders):
                     break
-            self._step()
+            try:
+                self._step()
+            except Exception as error:  # what ran ends with it; the engine goes on
+                for sequence in list(s.running) or list(s.waiting)[:1]:
+                    self._end(sequence, Output(None, "", finished="error", error=f"{type(error).__name__}: {error}"))
         for loaded in {id(v): v for v in self._named.values()}.values():
             self._runner.remove(str(loaded.key))
         self._named.clear()
@@ -312,13 +318,8 @@ class Engine:
         if not (planned := s.plan()):
             return
         batch, wanting = batch_of(planned, self.model.device)
-        try:
-            logits = self._runner.run(batch)
-            choices = choose(logits, [w.chooser for w in wanting]) if wanting else []
-        except Exception as error:  # one step's requests end with it; the engine goes on
-            for sequence, _ in planned:
-                self._end(sequence, Output(None, "", finished="error", error=f"{type(error).__name__}: {error}"))
-            return
+        logits = self._runner.run(batch)
+        choices = choose(logits, [w.chooser for w in wanting]) if wanting else []
         for sequence, n in planned:
             s.computed(sequence, n)
         for sequence, choice in zip(wanting, choices, strict=True):

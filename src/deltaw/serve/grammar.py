@@ -60,11 +60,13 @@ class Grammars:
         Raises SpecError for a schema that is not JSON, that llguidance does not support or finds too large, and where
         there is no tokenizer of the fast kind.
         """
-        from llguidance import LLMatcher  # a large library that only such requests need
-
+        try:
+            from llguidance import LLMatcher  # a large library that only such requests need
+        except ImportError:
+            raise SpecError("Answers by a JSON schema need llguidance: pip install 'deltaw[serve]'.") from None
         try:
             given = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"The JSON schema is not JSON: {error}") from None
         if not isinstance(given, dict | bool):
             raise SpecError(f"A JSON schema is an object, not {schema[:60]!r}.")
