@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from serving import METHODS, adapter_of, alone, ask, base
+from serving import METHODS, RUNNERS, adapter_of, alone, ask, base
 
 from deltaw.methods import Lora
 from deltaw.model.host import Host
@@ -18,7 +18,8 @@ MOST = 9
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "gpt2", "opt", "gpt_neox"])
-def test_serve_methods_all_in_one_batch_equal_each_alone(kind, quantised):
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_serve_methods_all_in_one_batch_equal_each_alone(kind, quantised, runner):
     model = base(kind, quantised)
     before = {n: t.clone() for n, t in model.net.state_dict().items()}
     adapters = {None: None}
@@ -28,7 +29,7 @@ def test_serve_methods_all_in_one_batch_equal_each_alone(kind, quantised):
     assert len(adapters) >= 10
     wanted = {name: [alone(model, a, p, MOST) for p in PROMPTS] for name, a in adapters.items()}
     assert sum(wanted[n] != wanted[None] for n in adapters) >= 9, "adapters change answers"
-    engine = Engine(model, kv_bytes=1 << 21, chunk_tokens=24)
+    engine = Engine(model, kv_bytes=1 << 21, chunk_tokens=24, make_runner=runner)
     for name, adapter in adapters.items():
         if adapter is not None:
             engine.load(name, adapter)
@@ -43,7 +44,8 @@ def test_serve_methods_all_in_one_batch_equal_each_alone(kind, quantised):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_serve_methods_with_tensors_of_their_own_share_a_batch(kind):
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_serve_methods_with_tensors_of_their_own_share_a_batch(kind, runner):
     model = base(kind)
     specs = {
         "tokens": Lora(rank=3, alpha=5, new_tokens=("<a>", "<b>")),
@@ -57,7 +59,7 @@ def test_serve_methods_with_tensors_of_their_own_share_a_batch(kind):
     prompts = {name: PROMPTS + ([[3, VOCAB, VOCAB + 1, 5]] if "tokens" in name else []) for name in specs}
     prompts["other tokens"].append([VOCAB + 2, 7])
     wanted = {name: [alone(model, a, p, MOST) for p in prompts[name]] for name, a in adapters.items()}
-    engine = Engine(model, kv_bytes=1 << 21)
+    engine = Engine(model, kv_bytes=1 << 21, make_runner=runner)
     for name, adapter in adapters.items():
         engine.load(name, adapter)
     heard = {name: [ask(engine, p, adapter=name, max_tokens=MOST) for p in prompts[name]] for name in specs}
