@@ -13,6 +13,7 @@
     |   |-- BudgetError             nothing that a recipe allows fits its memory budget
     |   |-- RegistryError           a registry refuses: a bad reference, something in use, no index
     |   |-- RunError                an output folder holds another run, a checkpoint does not fit
+    |   |-- ServeError              a server's settings, keys, names or budgets
     |   `-- NotMergeable            a method whose change cannot be written into the base's weights
     |-- NotFound (LookupError)      a name that is not there: adapter, site, starter (2)
     `-- WorkFailed (RuntimeError)   the work itself failed: no space, NaN loss, NaN weights (1)
@@ -80,6 +81,10 @@ class RunError(BadInput):
 
 class BudgetError(BadInput):
     """Nothing that a recipe allows fits its memory budget; the message names the smallest that would."""
+
+
+class ServeError(BadInput):
+    """A server's settings, keys, names or budgets cannot be used."""
 
 
 class NotMergeable(BadInput):

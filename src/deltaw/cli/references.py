@@ -25,6 +25,11 @@ def set_registry(folder: str | None, index: str | None) -> None:
     _default.update(registry=folder or None, index=index or None)
 
 
+def registry_default() -> str | None:
+    """The registry that DELTAW_REGISTRY names, if it is set."""
+    return _default["registry"]
+
+
 def open_registry(folder: Path | None, *, create: bool = False) -> Registry:
     """The registry in `folder`, or the one that DELTAW_REGISTRY names. Raises RegistryError when there is neither."""
     from deltaw.store.registry import Registry
