@@ -9,7 +9,8 @@ from pathlib import Path
 
 import typer
 
-from deltaw.cli import adapters, data, export
+from deltaw.cli import adapters, data, export, keys
+from deltaw.cli.bench_serve import bench_serve
 from deltaw.cli.combine import combine
 from deltaw.cli.compress import compress
 from deltaw.cli.diagnose import diagnose
@@ -23,6 +24,7 @@ from deltaw.cli.plan import plan
 from deltaw.cli.quantize import quantize
 from deltaw.cli.readapt import readapt
 from deltaw.cli.references import set_registry
+from deltaw.cli.serve import serve
 from deltaw.cli.train import train
 from deltaw.core.fingerprint import set_cache_dir
 from deltaw.errors import DeltawError
@@ -47,6 +49,11 @@ app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.command("diagnose")(diagnose)
 app.command("readapt")(readapt)
+app.command("serve")(serve)
+app.command("bench-serve")(bench_serve)
+app.add_typer(keys.app, name="keys")
+app.add_typer(data.app, name="data")
+app.add_typer(export.app, name="export")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(export.app, name="export")
 app.add_typer(data.app, name="data")
