@@ -50,7 +50,7 @@ Gomp gomp_parallel = nullptr;
 struct Job {
     void (*run)(const void* task, int64_t first, int64_t last);
     const void* task;
-    int64_t n, grain, threads, next;
+    int64_t n, grain, threads, unit, next;
 };
 
 // Whoever is free takes the next portion: a core that others want does not hold up the rest. A portion is half of a
@@ -59,7 +59,7 @@ void work(void* data) {
     Job& job = *(Job*)data;
     int64_t first = __atomic_load_n(&job.next, __ATOMIC_RELAXED);
     while (first < job.n) {
-        const int64_t fair = (job.n - first) / (2 * job.threads) / 8 * 8;
+        const int64_t fair = (job.n - first) / (2 * job.threads) / job.unit * job.unit;
         const int64_t size = fair > job.grain ? fair : job.grain;
         if (!__atomic_compare_exchange_n(&job.next, &first, first + size, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             continue;  // another took it: `first` is now where the rest begins
@@ -70,12 +70,12 @@ void work(void* data) {
 
 // n items worth `cost` bytes each: portions of 64 KB or more, one thread if all is less than two of them.
 template <class Task>
-void share(const Task& task, int64_t n, int64_t cost, int threads) {
+void share(const Task& task, int64_t n, int64_t cost, int threads, int64_t unit = 8) {
     int64_t grain = 65536 / (cost < 1 ? 1 : cost);
-    grain = grain < 1 ? 1 : (grain + 7) / 8 * 8;
+    grain = grain < 1 ? 1 : (grain + unit - 1) / unit * unit;
     if (threads < 2 || !gomp_parallel || n < 2 * grain) return task(0, n);
     Job job = {[](const void* t, int64_t first, int64_t last) { (*(const Task*)t)(first, last); }, &task, n, grain,
-               threads, 0};
+               threads, unit, 0};
     gomp_parallel(work, &job, unsigned(threads), 0);
 }
 
@@ -172,6 +172,8 @@ int attention(const Path* path, int threads, const Attention& t, bool backward) 
 }
 
 }  // namespace
+
+#include "step.h"
 
 #define DELTAW_API extern "C" __attribute__((visibility("default")))
 
@@ -326,4 +328,54 @@ DELTAW_API int deltaw_thin(int at, int threads, const Thin* t) {
 DELTAW_API int deltaw_has_thin(int at) {
     const Path* path = path_at(at);
     return path && path->thin;
+}
+
+// Serving --------------------------------------------------------------------------------------------------------------
+
+// k and v [n, shared, dim] of `type` into their slots, then attention
+DELTAW_API int deltaw_paged(int at, int threads, const Paged* t, const void* k, const void* v, const int64_t* slots) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    if (!gomp_parallel) threads = 1;
+    const int64_t n = t->bounds[t->sequences], width = t->shared * t->dim;
+    path->serving->paged_put(k, width, t->type, (void*)t->keys, width, slots, n, width, t->dtype);
+    path->serving->paged_put(v, width, t->type, (void*)t->values, width, slots, n, width, t->dtype);
+    Pieces count = {nullptr, 0};
+    paged_room(path, *t, threads, count);
+    char* room = (char*)aligned_alloc(64, size_t(count.used + 64));
+    if (!room) return 2;
+    Pieces pieces = {room, 0};
+    paged_attention(path, *t, paged_room(path, *t, threads, pieces), threads);
+    free(room);
+    return 0;
+}
+
+// Bytes of t->room
+DELTAW_API int64_t deltaw_step_room(int at, int threads, const Step* t) {
+    const Path* path = path_at(at);
+    Pieces count = {nullptr, 0};
+    if (path) Runs(path, *t, threads, count);
+    return count.used;
+}
+
+DELTAW_API int deltaw_step(int at, int threads, const Step* t) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    Pieces pieces = {(char*)t->room, 0};
+    return Runs(path, *t, threads, pieces).all();
+}
+
+// One product of a step by itself, for tests and benches
+DELTAW_API int deltaw_dense(int at, int threads, const Dense* t) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    const int64_t cost = PANEL * t->cols * (t->dtype == F32 ? 4 : 2) * (1 + t->n / 8);
+    share([&](int64_t first, int64_t last) { path->serving->dense(*t, first, last); }, (t->rows + PANEL - 1) / PANEL,
+          cost, threads, 1);
+    return 0;
+}
+
+DELTAW_API int deltaw_reads_pairs(int at) {
+    const Path* path = path_at(at);
+    return path && path->serving->pairs;
 }

@@ -418,7 +418,7 @@ void gemv(const Product& p, bool uniform, const float* x, int64_t first, int64_t
             gemv4_rows<true>(p, x, r, r + n, y);
         if (p.bias) read_floats(p.dtype, p.bias, r, n, bias);
         for (int64_t i = 0; i < n; ++i) y[i] += bias[i];
-        write_floats(p.dtype, p.y, r, n, y);
+        write_floats(p.out_dtype, p.y, r, n, y);
     }
 }
 
@@ -485,7 +485,7 @@ inline void panel(const Product& p, bool uniform, const typename Dot::D::T* x, i
     for (int64_t i = 0; i < n; ++i) {
         float y[TALL + W] = {};
         for (int c = 0; c < n_rows; ++c) y[c] = sums[i * TALL + c] + bias[c];
-        write_floats(p.dtype, p.y, (g + i) * p.m.rows + r, n_rows, y);
+        write_floats(p.out_dtype, p.y, (g + i) * p.y_stride + r, n_rows, y);
     }
 }
 
@@ -567,6 +567,7 @@ float read_sum(const uint8_t* bytes, int64_t first, int64_t last) {
 
 namespace {
 extern const Elementwise ELEMENTWISE;  // elementwise.h
+extern const Serving SERVING;          // pages.h
 #ifdef DELTAW_BF16_DOT
 extern const ThinKernels THIN_KERNELS;  // thin.h
 constexpr const ThinKernels* THIN = &THIN_KERNELS;
@@ -580,6 +581,7 @@ const Path THIS = {
     attention_scratch, attend, attend_backward, attention_gather,
     &ELEMENTWISE,
     THIN,
+    &SERVING,
 };
 
 }  // namespace

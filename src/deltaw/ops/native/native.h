@@ -53,14 +53,14 @@ struct Dequantise {
     int32_t dtype;
 };
 
-// y [n, rows] = x [n, cols] W^T + bias, all of `dtype`; bias may be null.
+// y [n, rows] = x [n, cols] W^T + bias, x and bias of `dtype`, y of `out_dtype`, its rows y_stride apart; bias may be null.
 struct Product {
     Matrix m;
     const void* x;
     const void* bias;
     void* y;
-    int64_t n;
-    int32_t dtype;
+    int64_t n, y_stride;
+    int32_t dtype, out_dtype;
 };
 
 // [tokens, heads, dim] of `dtype`: values from token to token and from head to head; features lie side by side.
@@ -174,6 +174,147 @@ struct ThinKernels {
     void (*add)(const Thin&, const void* scratch, int64_t first, int64_t last);   // rows
 };
 
+// Serving: one step of a Llama-like network (step.h), its products of few rows (rows.h), attention over pages (pages.h).
+// What lies between two products is float32; what a product reads is rounded to `dtype` once.
+
+// y [n, rows] = x [n, cols] W^T. Rows of x have zeros up to a multiple of 32 and lie x_stride apart; there is memory for
+// a multiple of 4 of them. `type` is x's: BF16 only where the path multiplies pairs.
+struct Dense {
+    const void* w;  // [rows, cols] of `dtype`
+    const void* x;
+    float* y;
+    int64_t rows, cols, n, x_stride, y_stride;
+    int32_t dtype, type;
+};
+
+// Keys and values in pages of 16 tokens, [page, 16, shared, dim] of `dtype`. Sequence s has rows [bounds[s],
+// bounds[s + 1]) of q, which sit behind contexts[s] tokens and see those, the rows before them and themselves, but no
+// more than `window` tokens. Its position p stands in page tables[s * width + p / 16].
+struct Paged {
+    const void* q;  // [n, heads, dim] of `type`, rows q_stride apart
+    void* o;        // [n, heads, dim] of `out_type`, rows o_stride apart
+    const void *keys, *values;
+    const int64_t *bounds, *contexts;
+    const int32_t* tables;
+    int64_t sequences, width, heads, shared, dim, window, o_stride, q_stride;
+    float scale;
+    int32_t dtype, type, out_type;
+};
+
+// Rows of queries [row, row + rows) of a sequence, for a key-value head, against keys [first, last)
+struct PagedPart {
+    int64_t sequence, row, rows, head, first, last;
+    float* sums;  // [rows, heads / shared, 16 + dim]: sum, maximum and, from 16 on, weighted values; null: o is written
+};
+
+struct Linear {  // one of the two
+    const void* dense;
+    const Matrix* packed;
+    const float* bias;  // [rows] or null
+    int64_t rows, cols;
+};
+
+// What an adapter makes of a map: y = out_gain (W (in_gain x) + B u) + bias, u its part of A x
+struct Change {
+    const void* b;  // [rank, rows] of the step's dtype: scale B^T
+    const float *out_gain, *in_gain, *bias;  // null: ones, ones, the base's
+    int64_t rank;
+};
+
+struct Changes {  // of the maps that read one input
+    const void* a;  // [rank, cols]: all their A
+    int64_t rank;
+    Change of[3];
+};
+
+enum NetAct : int32_t { NET_RELU = 0, NET_GELU = 1, NET_SILU = 2, NET_TANH = 3 };
+
+struct Net {  // y += scale (up act(down u + down_bias) + up_bias), u = y or the half's input; down null: none
+    const void *down, *up;  // [m, d], [d, m] of the step's dtype
+    const float *down_bias, *up_bias;
+    int64_t m;
+    float scale;
+    int32_t act, parallel;
+};
+
+struct Worn {  // an adapter at a layer: inputs of attention, its output, inputs of the feed-forward, its output
+    Changes groups[4];
+    Net nets[2];
+};
+
+struct Segment {
+    const Worn* worn;  // [layers], or null
+    const Changes* head;
+    int64_t first, last;
+};
+
+struct Layer {
+    Linear inputs[3], output, gates[2], down;
+    const float *norm, *gate_norm, *q_norm, *k_norm;  // gains [d], [d], [dim] or null, [dim] or null
+    void *keys, *values;
+    int64_t n_inputs, n_gates, window;
+    float eps, gate_eps, head_eps;
+    int32_t unused;
+};
+
+struct Step {
+    const Layer* layers;
+    const Segment *segments, *head_segments;
+    const int64_t *bounds, *contexts, *slots, *wanted;
+    const int32_t* tables;
+    const float *cos, *sin;  // [n, turned]
+    float* hidden;           // [n, d]: the rows' embeddings; overwritten
+    float* logits;           // [n_wanted, head.rows]
+    void* room;
+    Linear head;
+    const float* norm;
+    int64_t n_layers, n_segments, n_head_segments, n, n_wanted, sequences, width, d, f, heads, shared, dim, turned;
+    float eps, scale;
+    int32_t dtype, act;
+};
+
+// Between two products: rows and columns of what the last one gave to what the next one reads
+struct Normed {
+    const float* x;  // [n, d]
+    void* y;         // of `type`, rows `stride` apart
+    const float* gain;
+    const int64_t* rows;  // which rows of x; null: all
+    int64_t d, stride;
+    float eps;
+    int32_t type;
+};
+
+struct Finish {  // what an adapter or a bias adds to columns of a map's output, for the rows of a segment
+    float* y;
+    const float* u;        // its part of A x
+    const Change* change;  // or null
+    const float* bias;     // the base's, or null
+    int64_t n, y_stride, u_stride, rows;
+    int32_t dtype;
+};
+
+struct Serving {
+    bool pairs;  // whether products of bf16 take rows in bf16: else in float32
+    void (*dense)(const Dense&, int64_t first, int64_t last);     // panels of PANEL rows of W
+    void (*norm)(const Normed&, int64_t first, int64_t last);     // rows
+    void (*gains)(const void* x, void* y, const float* gain, int64_t n, int64_t cols, int64_t stride, int32_t type);
+    void (*finish)(const Finish&, int64_t first, int64_t last);   // columns
+    void (*head_norm)(float* x, int64_t n, int64_t stride, int64_t d, const float* gain, float eps);
+    void (*turn)(float* x, int64_t n, int64_t stride, const float* cos, const float* sin, int64_t turned);
+    void (*gate)(const float* gate, const float* up, int64_t n, int64_t stride, int64_t cols, int32_t act, void* y,
+                 int64_t y_stride, int32_t type);
+    void (*add)(float* x, const float* y, int64_t n, int64_t x_stride, int64_t y_stride, int64_t cols, float by);
+    void (*net_act)(float* x, int64_t n, int64_t stride, int64_t cols, const float* bias, int32_t act);
+    void (*narrow)(const float* x, void* y, int64_t n, int64_t x_stride, int64_t y_stride, int64_t cols, int32_t type);
+    int64_t (*paged_scratch)(const Paged&, int64_t rows);
+    void (*paged)(const Paged&, const PagedPart&, void* scratch);
+    void (*paged_join)(const Paged&, const PagedPart&, int64_t parts, float* sums);
+    void (*paged_put)(const void* x, int64_t x_stride, int32_t type, void* pages, int64_t page_stride,
+                      const int64_t* slots, int64_t n, int64_t width, int32_t dtype);
+};
+
+constexpr int64_t PANEL = 16;
+
 // Work on items [first, last); items do not depend on each other, so results do not depend on the threads.
 struct Path {
     const char* name;
@@ -192,6 +333,7 @@ struct Path {
     void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums);
     const Elementwise* elementwise;
     const ThinKernels* thin;  // null where there are no products of bf16 pairs
+    const Serving* serving;
 };
 
 // Null where this compiler or this architecture cannot make it.

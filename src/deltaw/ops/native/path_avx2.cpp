@@ -47,6 +47,16 @@ struct V {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
+    static F sums(const F* rows) {  // lane i: the sum of rows[i]
+        F a[4], b[2];
+        for (int r = 0; r < 4; ++r)
+            a[r] = add(_mm256_unpacklo_ps(rows[2 * r], rows[2 * r + 1]), _mm256_unpackhi_ps(rows[2 * r], rows[2 * r + 1]));
+        for (int r = 0; r < 2; ++r) {
+            const __m256d x = _mm256_castps_pd(a[2 * r]), y = _mm256_castps_pd(a[2 * r + 1]);
+            b[r] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+        }
+        return add(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
+    }
     static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
     static I imin(I a, I b) { return _mm256_min_epi32(a, b); }
     template <int N> static I shr(I a) { return _mm256_srli_epi32(a, N); }
@@ -131,6 +141,7 @@ struct V {
 
 #include "kernels.h"
 #include "elementwise.h"
+#include "pages.h"
 
 const Path* path_avx2() { return &THIS; }
 

@@ -48,6 +48,18 @@ struct V {
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F abs(F a) { return _mm512_abs_ps(a); }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static F sums(const F* rows) {  // lane i: the sum of rows[i]
+        F a[8], b[4], c[2];
+        for (int r = 0; r < 8; ++r)
+            a[r] = add(_mm512_unpacklo_ps(rows[2 * r], rows[2 * r + 1]), _mm512_unpackhi_ps(rows[2 * r], rows[2 * r + 1]));
+        for (int r = 0; r < 4; ++r) {
+            const __m512d x = _mm512_castps_pd(a[2 * r]), y = _mm512_castps_pd(a[2 * r + 1]);
+            b[r] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        for (int r = 0; r < 2; ++r)
+            c[r] = add(_mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0x88), _mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0xdd));
+        return add(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+    }
     static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
     static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
     template <int N> static I shr(I a) { return _mm512_srli_epi32(a, N); }
@@ -164,6 +176,7 @@ struct V {
 
 #include "kernels.h"
 #include "elementwise.h"
+#include "pages.h"
 #ifdef DELTAW_BF16_DOT
 #include "thin.h"
 #endif

@@ -82,6 +82,7 @@ struct V {
     static float sum(F a) {
         return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
     }
+    static F sums(const F* rows) { EACH(F, sum(rows[l])); }
     static I iadd(I a, I b) { EACH(I, a.v[l] + b.v[l]); }
     static I imin(I a, I b) { EACH(I, a.v[l] < b.v[l] ? a.v[l] : b.v[l]); }
     template <int N> static I shr(I a) { EACH(I, int32_t(uint32_t(a.v[l]) >> N)); }
@@ -160,5 +161,6 @@ struct V {
 
 #include "kernels.h"
 #include "elementwise.h"
+#include "pages.h"
 
 const Path* path_scalar() { return &THIS; }
