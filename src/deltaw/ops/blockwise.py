@@ -286,7 +286,7 @@ def _product(x: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
     y = x.new_empty((n, out))
     if n <= _FEW_ROWS:
         if not x.is_meta:
-            calls.product(flat, _pack(blocks), None if bias is None else bias.contiguous(), y)
+            calls.product(flat, packed(blocks), None if bias is None else bias.contiguous(), y)
         return y.view(*x.shape[:-1], out)
     step = _portion(cols, out, x.element_size())
     scratch = x.new_empty(step * cols)
@@ -328,10 +328,11 @@ def _portion(length: int, n: int, item_bytes: int) -> int:
 
 def _fill(out: Tensor, blocks: Blocks, rows: tuple[int, int], cols: tuple[int, int]) -> None:
     if not out.is_meta:
-        calls.dequantise(_pack(blocks), out, rows, cols)
+        calls.dequantise(packed(blocks), out, rows, cols)
 
 
-def _pack(blocks: Blocks) -> calls.Packed:
+def packed(blocks: Blocks) -> calls.Packed:
+    """What the compiled kernels read of a matrix; valid while `blocks` lives. Raises ShapeError."""
     s = blocks.scales
     parts = (s.absmax,) if s.nested is None else (s.absmax, s.nested, s.table, s.offset)
     scales = [t for t in parts if t is not None]

@@ -2,7 +2,7 @@
 
     S = scale q K^T      P = softmax(S)      o = P V      a row sees its sequence's tokens in pages up to itself
 
-Source: Efficient Memory Management for Large Language Model Serving with PagedAttention (arXiv:2309.06180). The compiled
+Source: Efficient Memory Management for Large Language Model Serving with PagedAttention (arXiv:2309.06180). Compiled
 forms (native/pages.h, native/rows.h) run where they can, the plain ones elsewhere. No autograd.
 """
 

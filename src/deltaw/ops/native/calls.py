@@ -62,8 +62,17 @@ class _Dequantise(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [("m", Packed), ("x", _pointer), ("bias", _pointer), ("y", _pointer), ("n", _i64), ("y_stride", _i64),
-                ("dtype", _i32), ("out_dtype", _i32)]
+    _fields_ = [
+        ("m", Packed),
+        ("x", _pointer),
+        ("bias", _pointer),
+        ("y", _pointer),
+        ("n", _i64),
+        ("x_stride", _i64),
+        ("y_stride", _i64),
+        ("dtype", _i32),
+        ("out_dtype", _i32),
+    ]
 
 
 def pack(
@@ -142,7 +151,7 @@ def product(x: Tensor, m: Packed, bias: Tensor | None, y: Tensor) -> None:
     """Fill `y` [n, rows] with x [n, cols] W^T + bias: for few rows of x, which are read again for every row of W."""
     n = x.shape[0]
     task = _Product(
-        m=m, n=n, y_stride=m.rows, dtype=DTYPES[x.dtype], out_dtype=DTYPES[y.dtype],
+        m=m, n=n, x_stride=m.cols, y_stride=m.rows, dtype=DTYPES[x.dtype], out_dtype=DTYPES[y.dtype],
         x=checked("x", x, x.dtype, n * m.cols),
         bias=None if bias is None else checked("bias", bias, x.dtype, m.rows),
         y=checked("y", y, x.dtype, n * m.rows),

@@ -506,7 +506,7 @@ inline bool one_row(const Product& p) { return p.n == 1 && suits_gemv(p.m); }
 
 // Whether the kernel can read x where it lies
 inline bool reads_x(const Product& p) {
-    return !one_row(p) && p.m.cols == padded_cols(p.m) && (p.dtype == F32 || (HAS_HALF && p.dtype == BF16));
+    return !one_row(p) && p.m.cols == padded_cols(p.m) && p.x_stride == p.m.cols && (p.dtype == F32 || (HAS_HALF && p.dtype == BF16));
 }
 
 int64_t product_scratch(const Product& p) {
@@ -523,12 +523,12 @@ void product_prepare(const Product& p, void* scratch) {
     for (int64_t i = 0; i < p.n; ++i) {
         if (HAS_HALF && p.dtype == BF16) {
             uint16_t* row = (uint16_t*)scratch + i * stride;
-            memcpy(row, (const uint16_t*)p.x + i * cols, cols * sizeof(uint16_t));
+            memcpy(row, (const uint16_t*)p.x + i * p.x_stride, cols * sizeof(uint16_t));
             memset(row + cols, 0, (stride - cols) * sizeof(uint16_t));
         } else {
             float* row = (float*)scratch + i * stride;
             memset(row + stride - 64, 0, 64 * sizeof(float));
-            read_floats(p.dtype, p.x, i * cols, cols, row);
+            read_floats(p.dtype, p.x, i * p.x_stride, cols, row);
         }
     }
 }

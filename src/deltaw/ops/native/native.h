@@ -53,13 +53,14 @@ struct Dequantise {
     int32_t dtype;
 };
 
-// y [n, rows] = x [n, cols] W^T + bias, x and bias of `dtype`, y of `out_dtype`, its rows y_stride apart; bias may be null.
+// y [n, rows] = x [n, cols] W^T + bias, x and bias of `dtype`, y of `out_dtype`; rows lie x_stride and y_stride apart.
+// bias may be null.
 struct Product {
     Matrix m;
     const void* x;
     const void* bias;
     void* y;
-    int64_t n, y_stride;
+    int64_t n, x_stride, y_stride;
     int32_t dtype, out_dtype;
 };
 

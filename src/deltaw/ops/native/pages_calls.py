@@ -100,9 +100,7 @@ def paged(
     library, at = _library()
     k, v = (_pointer(t.data_ptr()) for t in new)
     if rows:
-        done = library.deltaw_paged(
-            at, torch.get_num_threads(), ctypes.byref(task), k, v, _pointer(slots.data_ptr())
-        )
+        done = library.deltaw_paged(at, torch.get_num_threads(), ctypes.byref(task), k, v, _pointer(slots.data_ptr()))
         if done == 2:
             raise MemoryError("deltaw_paged found no memory")
         assert done == 0
@@ -128,15 +126,24 @@ def _check_places(places: tuple[Tensor, Tensor, Tensor, Tensor], rows: int, n_pa
         raise ShapeError("slots, bounds and contexts are int64, tables int32 [S, P], contiguous, on the CPU.")
     if len(slots) != rows or len(bounds) != len(contexts) + 1 or len(tables) != len(contexts):
         raise ShapeError(f"{len(slots)} slots, {len(bounds)} bounds, {len(contexts)} contexts for {rows} rows.")
+    check_places(slots, bounds, contexts, tables, n_pages)
+
+
+def check_places(slots: Tensor, bounds: Tensor, contexts: Tensor, tables: Tensor, n_pages: int) -> None:
+    """Raise ShapeError unless every row has its slot and every sequence's tokens lie in pages."""
+    n = len(slots)
     ends = bounds.tolist()
-    if ends[0] != 0 or ends[-1] != rows or ends != sorted(ends):
-        raise ShapeError(f"bounds {ends[:4]} ... {ends[-1]} do not ascend from 0 to {rows}.")
-    if rows and not 0 <= int(slots.min()) <= int(slots.max()) < n_pages * PAGE:
+    if not ends or ends[0] != 0 or ends[-1] != n or ends != sorted(ends):
+        raise ShapeError(f"bounds {ends[:4]} ... {ends[-1:]} do not ascend from 0 to {n}.")
+    if n and not 0 <= int(slots.min()) <= int(slots.max()) < n_pages * PAGE:
         raise ShapeError(f"slots do not lie in {n_pages} pages.")
-    for table, before, n in zip(tables.tolist(), contexts.tolist(), bounds.diff().tolist(), strict=True):
-        held = -(-(before + n) // PAGE) if n else 0
-        if before < 0 or held > len(table) or (held and not 0 <= min(table[:held]) <= max(table[:held]) < n_pages):
-            raise ShapeError(f"{before} tokens and {n} more do not lie in the pages {table} of {n_pages}.")
+    if not n:
+        return
+    used = (contexts + bounds.diff() + PAGE - 1) // PAGE
+    held = tables[torch.arange(tables.shape[1]) < used[:, None]]
+    fits = int(contexts.min()) >= 0 and int(used.max()) <= tables.shape[1]
+    if not fits or (len(held) and not 0 <= int(held.min()) <= int(held.max()) < n_pages):
+        raise ShapeError(f"tokens of a sequence do not lie in its {tables.shape[1]} of {n_pages} pages.")
 
 
 def _library() -> tuple[ctypes.CDLL, int]:

@@ -175,7 +175,7 @@ struct Runs {
         made.packed = map.packed != nullptr;
         made.panels = up_to(map.rows, PANEL) / PANEL;
         made.dense = {map.dense, x, out, map.rows, map.cols, n, x_stride, out_stride, t.dtype, type};
-        if (made.packed) made.product = {*map.packed, x, nullptr, out, n, out_stride, type, F32};
+        if (made.packed) made.product = {*map.packed, x, nullptr, out, n, x_stride, out_stride, type, F32};
         return made;
     }
 
