@@ -19,6 +19,7 @@ from deltaw.cli.extract import extract
 from deltaw.cli.fetch import fetch
 from deltaw.cli.generate import generate
 from deltaw.cli.inspect import inspect
+from deltaw.cli.lab import lab
 from deltaw.cli.merge import merge
 from deltaw.cli.plan import plan
 from deltaw.cli.quantize import quantize
@@ -54,6 +55,7 @@ app.command("bench-serve")(bench_serve)
 app.add_typer(keys.app, name="keys")
 app.add_typer(data.app, name="data")
 app.add_typer(export.app, name="export")
+app.command("lab")(lab)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(export.app, name="export")
 app.add_typer(data.app, name="data")

@@ -1,0 +1,62 @@
+"""`deltaw lab`."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.references import RegistryOption, adapter_path
+from deltaw.errors import BadInput
+
+
+def lab(
+    base: Annotated[str, typer.Option(help="Folder, hub id, .gguf file or starter name.")] = "smollm2-135m-instruct",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8765,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An adapter to attach beside the base; may be repeated."),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a static site with recorded data into this new folder, and end."),
+    ] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Open the lab: thirteen live pictures of why adapters work, on a real base."""
+    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+        raise BadInput(f"the lab needs {' and '.join(missing)}, not installed here: pip install 'deltaw[lab]'.")
+    from deltaw.lab.base import Lab
+    from deltaw.merge.write import refuse_used
+
+    say = partial(typer.echo, err=True)
+    if export is not None:
+        refuse_used(export)
+    opened = Lab(base, {name: adapter_path(path, registry) for name, path in map(_named, adapter or [])}, say)
+    if export is not None:
+        from deltaw.lab.export import write_site
+
+        say(f"{write_site(opened, export, say)} positions are recorded in {export}; serve it with any web server")
+        return
+    import uvicorn
+
+    from deltaw.lab.server import is_loopback, make_app
+
+    app = make_app(opened, host=host)
+    if not is_loopback(host):
+        say(f"warning: {host} is reached from other machines, and the lab has no passwords.")
+    say(f"the lab is at http://{host}:{port}/ (Ctrl-C ends it)")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, equals, path = given.partition("=")
+    if not (equals and name and path):
+        raise BadInput(f"--adapter is {given!r}; write NAME=PATH.")
+    return name, path

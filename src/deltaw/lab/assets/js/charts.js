@@ -1,0 +1,83 @@
+// Heat maps on canvas, charts by Observable Plot, both in colours of this page. d3 and Plot are globals (vendored).
+
+const { d3, Plot } = globalThis;
+
+export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+export function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key === "class") node.className = value;
+    else if (value !== null && value !== undefined) node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+// Blue below zero, orange above, the page's own ground at zero: told apart by every kind of colour vision.
+function diverging() {
+  const ground = css("page");
+  const low = d3.interpolateLab(ground, css("blue"));
+  const high = d3.interpolateLab(ground, css("orange"));
+  return (t) => d3.rgb(t < 0 ? low(-t) : high(t));
+}
+
+function paint(canvas, rows, columns, cells) {
+  canvas.width = columns;
+  canvas.height = rows;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(columns, rows);
+  const colour = diverging();
+  const table = d3.range(-127, 128).map((v) => colour(v / 127));
+  cells.forEach((v, i) => {
+    const { r, g, b } = table[v + 127];
+    image.data.set([r, g, b, 255], 4 * i);
+  });
+  context.putImageData(image, 0, 0);
+}
+
+export function heatMaps(grids) {
+  return make("div", { class: "grids" }, ...grids.map((grid) => {
+    const label = `${grid.title}: ${grid.rows} x ${grid.columns} numbers, colours from -${grid.limit.toPrecision(2)} to ${grid.limit.toPrecision(2)}`;
+    const canvas = make("canvas", { role: "img", "aria-label": label });
+    paint(canvas, grid.rows, grid.columns, grid.cells);
+    return make("figure", {}, make("figcaption", {}, grid.title), canvas);
+  }));
+}
+
+export const scaleNote = (limit) => make("p", { class: "flow" },
+  `blue: negative, orange: positive; full colour at ${limit.toPrecision(2)}`);
+
+// A vector as a strip of colours, `width` pixels wide.
+export function strip(values, limit, width, label) {
+  const canvas = make("canvas", { role: "img", "aria-label": label });
+  paint(canvas, 1, values.length, values.map((v) => Math.round(Math.max(-1, Math.min(1, v / (limit || 1))) * 127)));
+  canvas.style.width = `${width}px`;
+  canvas.style.height = "22px";
+  return canvas;
+}
+
+// Plot writes a <style> of its own, which the page's policy does not allow; lab.css has the rules.
+export function chart(label, options) {
+  const width = Math.max(280, Math.min(880, document.getElementById("drawing").clientWidth || 640));
+  const drawn = Plot.plot({ width, style: { background: "transparent", fontSize: "13px" }, ...options });
+  for (const style of drawn.querySelectorAll("style")) style.remove();
+  const svg = drawn.tagName.toLowerCase() === "svg" ? drawn : drawn.querySelector("svg");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", label);
+  return make("div", { class: "chart" }, drawn);
+}
+
+export function legend(entries) {
+  return make("ul", { class: "legend" }, ...entries.map(([name, colour, dash]) => {
+    const mark = d3.create("svg").attr("width", 22).attr("height", 12).attr("aria-hidden", "true");
+    if (dash === undefined) mark.append("rect").attr("width", 22).attr("height", 12).attr("fill", colour);
+    else mark.append("line").attr("x2", 22).attr("y1", 6).attr("y2", 6).attr("stroke", colour)
+      .attr("stroke-width", 3).attr("stroke-dasharray", dash);
+    return make("li", {}, mark.node(), name);
+  }));
+}
+
+export const short = (n) => d3.format(n >= 1e4 ? ".3~s" : ",")(n).replace("G", " B").replace("M", " M").replace("k", " k").replace("T", " T");
+// Okabe and Ito's palette, for up to eight kinds.
+export const KINDS = ["#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#f0e442", "#7d848e", "#a6761d", "#4d4d9f", "#999999"];

@@ -1,0 +1,120 @@
+// Pictures 2, 5, 8, 11, and 4: counts, bytes, levels.
+
+import { chart, css, KINDS, legend, make, short } from "./charts.js";
+
+const { Plot } = globalThis;
+
+export function draw2(data) {
+  const rows = data.rows.map((r) => r.role);
+  return [
+    legend([["base, frozen", css("grey")], ["LoRA", css("orange")]]),
+    chart(`Numbers in ${data.model} and in its adapter by kind of linear map, on a scale of powers of ten`, {
+      height: 60 + 34 * rows.length, marginLeft: 150, marginRight: 60,
+      x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: 5, clamp: true },
+      y: { type: "band", domain: rows, label: null, padding: 0.15 },
+      marks: [
+        ...[["full", "grey", -7], ["adapter", "orange", 7]].flatMap(([key, colour, dy]) => [
+          Plot.link(data.rows.filter((r) => r[key] > 0), { x1: 1e3, x2: key, y1: "role", y2: "role", stroke: css(colour), strokeWidth: 11, dy }),
+          Plot.text(data.rows.filter((r) => r[key] > 0), { x: key, y: "role", text: (d) => short(d[key]), dx: 5, dy, textAnchor: "start" }),
+        ]),
+      ],
+    }),
+  ];
+}
+
+export function draw4(data) {
+  return [
+    make("p", { class: "flow" }, "weights over the largest of their block (grey), and the levels of the format (orange)"),
+    chart(`Histogram of the weights with the ${data.levels.length} levels of ${data.format}`, {
+      height: 220, x: { label: "weight / largest of its block", domain: [-1, 1] }, y: { label: "share", tickFormat: "%", grid: true },
+      marks: [
+        Plot.rectY(data.histogram, { x1: (d) => d.at - 1 / data.histogram.length, x2: (d) => d.at + 1 / data.histogram.length, y: "share", fill: css("grey"), fillOpacity: 0.6 }),
+        data.levels.length && data.levels.length <= 16
+          ? Plot.ruleX(data.levels, { stroke: css("orange"), strokeWidth: 2 })
+          : Plot.text([data.levels.length ? `${data.levels.length} levels: too close to draw` : "floating point: no levels of a block"], { frameAnchor: "top", dy: 10 }),
+        Plot.ruleY([0]),
+      ],
+    }),
+    make("div", { class: "answers" },
+      make("figure", {}, make("figcaption", {}, "error of all formats, same weights"), chart("Error of each format", {
+        width: 400, height: 190, marginLeft: 60, marginRight: 130, x: { label: "relative error", tickFormat: "%", ticks: 4 }, y: { label: null, domain: data.formats.map((f) => f.format) },
+        marks: [
+          Plot.barX(data.formats, { x: "error", y: "format", fill: (d) => (d.format === data.format ? css("orange") : css("grey")) }),
+          Plot.text(data.formats, { x: "error", y: "format", dx: 4, textAnchor: "start", text: (d) => `${(100 * d.error).toFixed(2)} %, ${d.bits.toFixed(2)} bits` }),
+        ],
+      })),
+      make("figure", {}, make("figcaption", {}, `error in each of ${data.columns.length} columns, ${data.format}`), chart("Error of each column", {
+        width: 400, height: 190, x: { label: "column" }, y: { label: "relative error", tickFormat: "%", zero: true, grid: true, ticks: 4 },
+        marks: [Plot.dot(data.columns, { x: (_, i) => i, y: (d) => d, r: 1.5, fill: css("blue") })],
+      }))),
+  ];
+}
+
+const bytes = (n) => (n >= 1e12 ? `${(n / 1e12).toFixed(2)} TB` : n >= 1e9 ? `${(n / 1e9).toFixed(1)} GB` : `${(n / 1e6).toFixed(0)} MB`);
+
+export function draw5(data) {
+  const line = (key, stroke, dash) => Plot.lineY(data.storage, { x: "tasks", y: key, stroke, strokeDasharray: dash, strokeWidth: 2.5 });
+  return [
+    make("p", { class: "flow" }, "memory to train one task, before activations"),
+    chart("Memory of full fine-tuning and of LoRA", {
+      height: 130, marginLeft: 60, marginRight: 90, x: { label: "GB", transform: (d) => d / 1e9, grid: true, ticks: 5 }, y: { label: null, domain: ["full", "LoRA"] },
+      marks: [
+        Plot.barX(data.memory, { x: "bytes", y: "name", fill: (d) => (d.name === "full" ? css("grey") : css("orange")) }),
+        Plot.text(data.memory, { x: "bytes", y: "name", text: (d) => bytes(d.bytes), dx: 4, textAnchor: "start" }),
+      ],
+    }),
+    make("p", { class: "flow" }, "disk for many tasks"),
+    legend([["a copy of the model for each task", css("grey"), "0"], ["one base, an adapter for each task", css("orange"), "6 4"]]),
+    chart("Disk space against the number of tasks", {
+      height: 250, marginLeft: 60, x: { label: "tasks" }, y: { label: "GB", transform: (d) => d / 1e9, grid: true },
+      marks: [line("copies", css("grey"), "0"), line("adapters", css("orange"), "6 4"),
+        Plot.ruleX([data.tasks], { stroke: css("text"), strokeDasharray: "2 4" })],
+    }),
+  ];
+}
+
+export function draw8(data) {
+  const side = 260;
+  const square = globalThis.d3.create("svg").attr("viewBox", `0 0 ${side + 150} ${side + 20}`).attr("width", side + 150).attr("role", "img")
+    .attr("aria-label", `W as a square and the adapter's two thin factors to scale: ${(100 * data.share).toFixed(2)} percent`);
+  const thin = Math.max(1, (data.rank / data.d) * side);
+  square.append("rect").attr("y", 10).attr("width", side).attr("height", side).attr("fill", css("grey")).attr("fill-opacity", 0.35);
+  square.append("text").attr("x", side / 2).attr("y", side / 2).attr("text-anchor", "middle").text(`W: ${data.d} x ${data.d}`);
+  square.append("rect").attr("x", side + 12).attr("y", 10).attr("width", thin).attr("height", side).attr("fill", css("orange"));
+  square.append("rect").attr("y", side + 14).attr("width", side).attr("height", Math.min(thin, 6)).attr("fill", css("orange"));
+  square.append("text").attr("x", side + 20 + thin).attr("y", 40).text(`B: ${data.d} x ${data.rank}`);
+  square.append("text").attr("x", side + 20 + thin).attr("y", 62).text("A lies below");
+  return [
+    square.node(),
+    chart("Share of the matrix that trains, against the rank", {
+      height: 260, marginLeft: 60, x: { type: "log", base: 2, label: "rank", tickFormat: "d" }, y: { type: "log", label: "share", tickFormat: (v) => `${+(100 * v).toPrecision(2)} %`, ticks: 5, grid: true },
+      marks: [
+        Plot.lineY(data.curve, { x: "rank", y: "share", stroke: css("blue"), strokeWidth: 2.5 }),
+        Plot.dot([data], { x: "rank", y: "share", r: 7, fill: css("orange") }),
+        Plot.text([data], { x: "rank", y: "share", text: (d) => `r = ${d.rank}: ${(100 * d.share).toFixed(2)} %`, dy: -16 }),
+      ],
+    }),
+  ];
+}
+
+export function draw11(data) {
+  const shown = data.causes.filter((cause) => data.bars.some((b) => b.bytes[cause] > 0));
+  const colour = Object.fromEntries(data.causes.map((cause, i) => [cause, KINDS[i]]));
+  const parts = data.bars.flatMap((b) => shown.map((cause) => ({ method: b.method, cause, gb: (b.bytes[cause] ?? 0) / 1e9 })));
+  const most = Math.max(...data.bars.map((b) => b.peak / 1e9));
+  const cards = data.cards.filter((c) => c < most * 3);
+  return [
+    legend(shown.map((cause) => [cause, colour[cause]])),
+    chart(`Memory at the peak of training ${data.model} by cause, with single GPUs of ${data.cards.join(", ")} GB as lines`, {
+      height: 280, marginLeft: 70, marginRight: 80, marginTop: 30, x: { label: "GB at the peak", grid: true, domain: [0, Math.max(most, cards.length ? Math.max(...cards) : 0) * 1.02] },
+      y: { label: null, domain: data.bars.map((b) => b.method) },
+      marks: [
+        Plot.barX(parts, Plot.stackX({ x: "gb", y: "method", fill: (d) => colour[d.cause], order: shown, z: "cause" })),
+        Plot.text(data.bars, { x: (d) => d.peak / 1e9, y: "method", text: (d) => bytes(d.peak), dx: 5, textAnchor: "start" }),
+        Plot.ruleX(cards, { stroke: css("text"), strokeDasharray: "4 3", strokeWidth: 1.5 }),
+        Plot.text(cards, { x: (d) => d, frameAnchor: "top", text: (d) => `${d} GB`, dy: -16 }),
+      ],
+    }),
+    make("p", { class: "flow" }, data.bars.map((b) => `${b.method}: ${b.dtype}, peak at ${b.moment}`).join("; ")),
+  ];
+}

@@ -1,0 +1,52 @@
+// Pictures 9 and 10: a real training and real answers.
+
+import { recorded } from "./data.js";
+import { chart, css, make, short } from "./charts.js";
+
+const { d3, Plot } = globalThis;
+
+export function draw9(data, change) {
+  const cells = data.norms.flatMap((row, step) => row.map((norm, layer) => ({ step, layer, norm })));
+  const most = Math.max(1e-9, ...cells.map((c) => c.norm));
+  const go = (label, step) => {
+    const button = make("button", { type: "button" }, label);
+    button.disabled = step < 0 || step > data.steps || step === data.step;
+    button.addEventListener("click", () => change("step", step));
+    return button;
+  };
+  return [
+    make("div", { class: "row" }, go("Step", data.step + 1), go("Five steps", Math.min(data.steps, data.step + 5)), go("Back to 0", 0)),
+    chart("Norm of B A in each layer after each step; zero is the ground of the scale", {
+      height: 260, x: { type: "band", label: "step", domain: d3.range(data.steps + 1) }, y: { type: "band", label: "layer", reverse: true, domain: d3.range(data.norms[0].length), tickFormat: (d) => (d % 5 === 0 ? d : "") },
+      color: { type: "linear", domain: [0, most], interpolate: d3.interpolateViridis },
+      marks: [Plot.cell(cells, { x: "step", y: "layer", fill: "norm", inset: 0.5 })],
+    }),
+    make("p", { class: "flow" }, `|B A| by layer: dark is 0, bright is ${most.toPrecision(3)}`),
+    chart("Loss after each step", {
+      height: 170, x: { type: "linear", label: "step", domain: [0, data.steps] }, y: { label: "loss", zero: true, grid: true, ticks: 4 },
+      marks: [Plot.lineY(data.losses, { x: (_, i) => i, y: (d) => d, stroke: css("blue"), strokeWidth: 2 }),
+        Plot.dot(data.losses, { x: (_, i) => i, y: (d) => d, fill: css("orange"), r: 4 })],
+    }),
+    make("p", { class: "flow" }, `it learns: ${data.rows.join("; ")}`),
+  ];
+}
+
+export function draw10(data, change, ask) {
+  const buttons = data.adapters.map((a) => {
+    const button = make("button", { type: "button", "aria-pressed": String(a.name === data.adapter) },
+      a.name === "base" ? "base alone" : a.name === "lesson" ? `lesson (picture 9${data.lesson === null ? "" : `, step ${data.lesson}`})` : a.name,
+      make("small", {}, a.numbers ? ` ${short(a.numbers)} numbers` : ""));
+    button.addEventListener("click", () => change("adapter", a.name));
+    return button;
+  });
+  const drawn = [make("div", { class: "row" }, ...buttons)];
+  if (!recorded) {
+    const button = make("button", { type: "button", id: "ask" }, "Ask");
+    button.addEventListener("click", ask);
+    drawn.push(make("div", { class: "row" }, button));
+  }
+  const say = (title, text) => make("figure", {}, make("figcaption", {}, title), make("blockquote", {}, text ?? "Press Ask."));
+  drawn.push(make("div", { class: "answers" }, say(`base alone: ${data.prompt}`, data.base),
+    say(data.adapter === "base" ? "(choose an adapter)" : `${data.adapter}${data.merged ? ", merged" : ", beside the base"}: ${data.prompt}`, data.answer)));
+  return drawn;
+}

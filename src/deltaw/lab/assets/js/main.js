@@ -1,0 +1,147 @@
+// The page: one picture at a time, its state in the address, numbers from the library.
+
+import { addressOf, drawControls, stateOf } from "./controls.js";
+import * as data from "./data.js";
+import { draw3, draw12 } from "./blocks.js";
+import { draw2, draw4, draw5, draw8, draw11 } from "./counts.js";
+import { draw9, draw10 } from "./live.js";
+import { draw1, draw6, draw7, draw13 } from "./weights.js";
+
+const DRAW = { 1: draw1, 2: draw2, 3: draw3, 4: draw4, 5: draw5, 6: draw6, 7: draw7, 8: draw8, 9: draw9, 10: draw10, 11: draw11, 12: draw12, 13: draw13 };
+const $ = (id) => document.getElementById(id);
+
+let frames = [];
+let frame = null;
+let state = {};
+let last = null;
+let asked = null;
+
+function theme() {
+  const kept = localStorage.getItem("theme");
+  if (kept) document.documentElement.dataset.theme = kept;
+  $("theme").addEventListener("click", () => {
+    const dark = document.documentElement.dataset.theme
+      ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    document.documentElement.dataset.theme = dark ? "light" : "dark";
+    localStorage.setItem("theme", document.documentElement.dataset.theme);
+    redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+}
+
+function words() {
+  $("title").textContent = `${frame.number}. ${frame.title}`;
+  document.title = `${frame.number}. ${frame.title} - deltaw lab`;
+  $("notice").textContent = frame.notice;
+  $("formula").querySelector("code").textContent = frame.formula;
+  $("misconception").querySelector("q").textContent = frame.misconception;
+  $("misconception").querySelector("span").textContent = frame.cure;
+  $("question").open = false;
+  $("question").querySelector("summary").textContent = frame.question;
+  $("question").querySelector("p").textContent = frame.answer;
+  for (const link of $("list").querySelectorAll("a")) {
+    if (link.dataset.number === String(frame.number)) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+function numbers(found) {
+  const known = new Map([...$("numbers").children].map((box) => [box.dataset.key, box]));
+  $("numbers").replaceChildren(...found.map((n) => {
+    const box = known.get(n.key) ?? document.createElement("div");
+    if (!box.children.length) box.append(document.createElement("dt"), document.createElement("dd"));
+    box.dataset.key = n.key;
+    box.firstChild.textContent = n.label;
+    box.lastChild.textContent = n.shown;
+    return box;
+  }));
+}
+
+function redraw() {
+  if (!last) return;
+  const focused = document.activeElement?.closest("#drawing") ? [...$("drawing").querySelectorAll("button")].indexOf(document.activeElement) : -1;
+  $("drawing").replaceChildren(...DRAW[frame.number](last.data, change, () => show(true)));
+  if (focused >= 0) $("drawing").querySelectorAll("button")[focused]?.focus();
+}
+
+async function show(act) {
+  asked?.abort();
+  const mine = (asked = new AbortController());
+  const late = setTimeout(() => $("drawing").classList.add("waiting"), 150);
+  document.body.setAttribute("aria-busy", "true");
+  try {
+    const found = await data.picture(frame, state, { act, signal: mine.signal });
+    if (asked !== mine) return;
+    last = found;
+    $("problem").hidden = true;
+    numbers(found.numbers);
+    redraw();
+  } catch (problem) {
+    if (problem.name === "AbortError" || asked !== mine) return;
+    $("problem").textContent = problem.message;
+    $("problem").hidden = false;
+  } finally {
+    clearTimeout(late);
+    if (asked === mine) {
+      $("drawing").classList.remove("waiting");
+      document.body.setAttribute("aria-busy", "false");
+    }
+  }
+}
+
+// Picture 9 trains as far as its slider says; picture 10 answers when it is asked to.
+const acts = () => frame.number === 9 && state.step > 0;
+
+function change(name, value) {
+  state = { ...state, [name]: value };
+  history.replaceState(null, "", addressOf(frame, state));
+  if (document.activeElement?.name !== name) drawControls($("controls"), frame, state, change);
+  show(acts());
+}
+
+function route() {
+  const [number, query] = location.hash.slice(1).split("?");
+  const found = frames.find((f) => String(f.number) === number) ?? frames[0];
+  const other = frame !== found;
+  frame = found;
+  state = stateOf(frame, new URLSearchParams(query ?? ""));
+  if (other) {
+    last = null;
+    $("drawing").replaceChildren();
+    $("numbers").replaceChildren();
+    words();
+  }
+  drawControls($("controls"), frame, state, change);
+  show(acts());
+}
+
+async function start() {
+  theme();
+  const every = await data.frames();
+  frames = every.pictures;
+  $("base").textContent = `on ${every.base}${every.recorded ? ", recorded" : ""}`;
+  $("controls").addEventListener("submit", (event) => event.preventDefault());
+  $("list").replaceChildren(...frames.map((f) => {
+    const link = document.createElement("a");
+    link.href = `#${f.number}`;
+    link.dataset.number = f.number;
+    link.append(`${f.number} `);
+    const name = document.createElement("span");
+    name.className = "name";
+    name.textContent = f.title;
+    link.append(name);
+    link.setAttribute("aria-label", `${f.number} ${f.title}`);
+    const item = document.createElement("li");
+    item.append(link);
+    return item;
+  }));
+  addEventListener("hashchange", route);
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
+  route();
+}
+
+start().catch((problem) => {
+  $("problem").textContent = problem.message;
+  $("problem").hidden = false;
+});

@@ -1,0 +1,66 @@
+// Pictures 1, 6, 7, 13: low rank.
+
+import { chart, css, heatMaps, legend, make, scaleNote, strip } from "./charts.js";
+
+const { Plot } = globalThis;
+
+export function draw1(data) {
+  const [out, r] = data.B;
+  return [
+    heatMaps(data.grids),
+    make("p", { class: "flow" }, `B [${out}, ${r}] times A [${r}, ${data.A[1]}]; the change is made (its directions fall by a fifth each), W0 is real.`),
+    scaleNote(data.grids[0].limit),
+  ];
+}
+
+export function draw6(data) {
+  const looks = [[css("blue"), "0"], [css("grey"), "6 4"], [css("orange"), "2 3"]];
+  const points = data.curves.flatMap((c) => c.rank.map((rank, i) => ({ name: c.name, rank, error: c.error[i] })));
+  const marks = data.curves.map((c, i) => Plot.lineY(points.filter((p) => p.name === c.name),
+    { x: "rank", y: "error", stroke: looks[i][0], strokeDasharray: looks[i][1], strokeWidth: 2.5 }));
+  return [
+    heatMaps(data.grids),
+    legend(data.curves.map((c, i) => [c.name, ...looks[i]])),
+    chart("Error of the best approximation against its rank, for this matrix, noise and a change with few directions", {
+      height: 300, x: { label: "rank" }, y: { label: "relative error", domain: [0, 1], tickFormat: "%", grid: true },
+      marks: [Plot.ruleX([data.rank], { stroke: css("text"), strokeDasharray: "3 3" }),
+        Plot.text([data.rank], { x: (d) => d, y: 1, text: () => `r = ${data.rank}`, dx: 6, textAnchor: "start" }), ...marks],
+    }),
+  ];
+}
+
+export function draw7(data) {
+  const v = data.vectors;
+  const widest = Math.max(v.x.length, v.Wx.length);
+  const room = Math.max(200, Math.min(620, document.getElementById("drawing").clientWidth - 20));
+  const limit = (values) => Math.max(1e-9, [...values].map(Math.abs).sort((a, b) => a - b)[Math.floor(values.length * 0.95)]);
+  const row = (title, values, of) => make("figure", {},
+    make("figcaption", {}, `${title}: ${values.length} numbers`),
+    strip(values, limit(of ?? values), Math.max(3, (values.length / widest) * room), `${title}, ${values.length} numbers`));
+  const half = (title, ...rows) => make("div", { class: "half" }, make("h2", {}, title), ...rows);
+  return [
+    make("p", { class: "flow" }, `x is what ${data.site} reads at the last token of "${data.prompt}". Strips are as wide as their vectors.`),
+    half("in", row("x", v.x)),
+    make("div", { class: "answers" },
+      half("frozen path", row("W x", v.Wx)),
+      half("adapter's path", row("A x", v.Ax), row("s B A x", v.BAx, v.Wx))),
+    half(`sum (computed by the model's own code, ${data.dtype})`, row("y = W x + s B A x", v.y, v.Wx)),
+  ];
+}
+
+export function draw13(data) {
+  const line = (values, stroke, dash) => Plot.lineY(values, { x: (_, i) => i, y: (d) => d, stroke, strokeDasharray: dash, strokeWidth: 2.5 });
+  return [
+    legend([["error to what is seen", css("blue"), "0"], ["distance to the truth", css("orange"), "6 4"]]),
+    chart("Error of the best approximation at every rank, with the true rank marked", {
+      height: 320, x: { label: "rank of B A" }, y: { label: "relative error", domain: [0, 1], tickFormat: "%", grid: true },
+      marks: [
+        Plot.ruleX([data.true_rank], { stroke: css("text"), strokeDasharray: "2 4" }),
+        Plot.text([data.true_rank], { x: (d) => d, y: 1, text: () => `true rank ${data.true_rank}`, dx: 6, textAnchor: "start" }),
+        line(data.seen, css("blue"), "0"), line(data.truth, css("orange"), "6 4"),
+        Plot.dot([data.rank], { x: (d) => d, y: () => data.seen[data.rank], r: 7, fill: css("blue"), stroke: css("page"), strokeWidth: 2 }),
+        Plot.dot([data.rank], { x: (d) => d, y: () => data.truth[data.rank], r: 7, fill: css("orange"), stroke: css("page"), strokeWidth: 2 }),
+      ],
+    }),
+  ];
+}

@@ -1,0 +1,172 @@
+"""What all pictures of a lab share: the base, its adapters, and what was computed before."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deltaw.core.site import LinearSite
+from deltaw.core.spec import MethodSpec
+from deltaw.errors import BadInput
+from deltaw.merge.factors import Cut, Keep, cut_dense
+from deltaw.model.base import load_base
+from deltaw.model.model import Model
+from deltaw.plan.network import Base, find_config, network_of, shapes
+
+KEPT, KEPT_LARGE = 512, 32
+"""Results that are kept, and decomposed matrices; the oldest goes first."""
+PROMPT = "The capital of France is"
+"""What the base reads where a picture needs a real input of a linear map."""
+OWN = ("base", "lesson")
+"""Names that a given adapter cannot have."""
+
+T = TypeVar("T")
+
+
+class Lab:
+    """A base with its adapters, loaded when they are first needed, and a cache.
+
+    base      a folder, a hub id or a starter name
+    adapters  name -> folder of an adapter that is attached beside the base
+
+    Work is done by one thread at a time (`lock`); what is kept is read without waiting.
+    """
+
+    def __init__(
+        self, base: str, adapters: Mapping[str, Path] | None = None, say: Callable[[str], None] | None = None
+    ) -> None:
+        self.base = base
+        self.label = Path(base).name
+        self.given = dict(adapters or {})
+        if wrong := [name for name in self.given if name in OWN or not name.isidentifier()]:
+            raise BadInput(f"an adapter cannot be called {wrong[0]!r}: use letters and digits, and not base or lesson.")
+        self.say = say
+        self.lock = RLock()
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self.lesson: Any = None  # of pictures 9 and 10 (live.py)
+        self.merged: Any = None
+        self._large: OrderedDict[Any, Any] = OrderedDict()
+
+    def keep(self, key: Any, make: Callable[[], T], *, large: bool = False) -> T:
+        """What `make` gives; the second time under this key it is remembered. `large`: megabytes, so few are kept."""
+        kept, most = (self._large, KEPT_LARGE) if large else (self._kept, KEPT)
+        found: T | None = kept.get(key)
+        if found is not None:
+            return found
+        with self.lock:
+            found = kept.get(key)
+            if found is None:
+                found = kept[key] = make()
+                if len(kept) > most:
+                    kept.popitem(last=False)
+            return found
+
+    @cached_property
+    def model(self) -> Model:
+        """The base, with the given adapters attached and none in use. Raises BadInput for a base without answers."""
+        model = load_base(self.base, dtype="auto", say=self.say)
+        if model.kind != "causal" or model.tokenizer is None:
+            raise BadInput(f"the lab needs a base that continues text; {self.label} does not.")
+        for name, folder in self.given.items():
+            model.attach(folder, name)
+        model.use(None)
+        return model
+
+    @cached_property
+    def linear(self) -> dict[tuple[int, str], LinearSite]:
+        """The linear maps inside the blocks, by (layer, role), in the model's order."""
+        return {
+            (s.layer, s.role): s
+            for s in self.model.places.sites.values()
+            if s.layer is not None and s.kind != "embedding" and not s.is_head
+        }
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the base has."""
+        return 1 + max(layer for layer, _ in self.linear)
+
+    @property
+    def roles(self) -> list[str]:
+        """The linear maps of a block: q_proj, k_proj ..."""
+        return list(dict.fromkeys(role for _, role in self.linear))
+
+    def site(self, layer: int, role: str) -> LinearSite:
+        """One linear map. Raises BadInput where that block has none of this name."""
+        if (layer, role) not in self.linear:
+            raise BadInput(f"block {layer} has no {role}.")
+        return self.linear[layer, role]
+
+    def weight(self, layer: int, role: str) -> Tensor:
+        """W [out, in] of a linear map, float32."""
+        return self.model.places.weights[self.site(layer, role).name].dense(torch.float32)
+
+    def decomposed(self, layer: int, role: str) -> Cut:
+        """The whole decomposition of a linear map's W: the first r rows of A and columns of B are its cut to rank r."""
+
+        def make() -> Cut:
+            return cut_dense(self.weight(layer, role), Keep(), f"block {layer} {role}")
+
+        return self.keep(("decomposed", layer, role), make, large=True)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What each linear map reads at the last token of PROMPT: [in] float32 by name of the map."""
+        return self.keep("inputs", self._inputs)
+
+    @torch.no_grad()
+    def _inputs(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        model = self.model
+        modules = dict(model.net.named_modules())
+        hooks = []
+        for site in self.linear.values():
+
+            def note(_: Any, given: tuple[Tensor, ...], name: str = site.name) -> None:
+                found[name] = given[0].reshape(-1, given[0].shape[-1])[-1].float().clone()
+
+            hooks.append(modules[site.name].register_forward_pre_hook(note))
+        try:
+            model.use(None)
+            model.logits(model.tokenizer(PROMPT, return_tensors="pt")["input_ids"])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    # Shapes: bases of which no weight is here ------------------------------------------------------
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Parameters of this base and of every shape that is shipped, the smallest first."""
+        counted = {name: self.parameters(name) for name in [self.label, *shapes()]}
+        return dict(sorted(counted.items(), key=lambda item: item[1]))
+
+    def path(self, name: str) -> str:
+        """What `deltaw plan --base` would be given for a name of `sizes`."""
+        return self.base if name == self.label else name
+
+    def shape(self, name: str) -> Model:
+        """A network without memory for its weights."""
+
+        def make() -> Model:
+            config, folder = find_config(self.path(name))
+            return Model(network_of(Base(self.path(name), config, folder)))  # type: ignore[arg-type]
+
+        return self.keep(("shape", name), make, large=True)
+
+    def parameters(self, name: str) -> int:
+        """Parameters of a name of `sizes`; tied ones count once."""
+        return sum(p.numel() for p in self.shape(name).net.parameters())
+
+    def trained(self, name: str, spec: MethodSpec) -> dict[str, int]:
+        """How many numbers `spec` trains at each linear map of a shape. Raises TargetError."""
+        chosen = self.shape(name).places.chosen(spec)
+        sizes = {n: spec.shapes(site) for n, site in chosen.items()}
+        return {n: sum(torch.Size(shape).numel() for shape in parts.values()) for n, parts in sizes.items()}

@@ -1,0 +1,124 @@
+"""The lab's server: the page, the pictures' data, and the two requests that change something.
+
+    GET  /                       the page and its assets
+    GET  /api/pictures           what frames need: words, controls
+    GET  /api/pictures/N?...     numbers and data at these controls
+    POST /api/pictures/N         9: train up to a step; 10: answer a prompt. A JSON object of controls
+
+Only the page's own origin may post (Origin or Sec-Fetch-Site), and only names of this machine are answered to when
+bound to loopback, so that another site cannot reach it through a name of its own. An error is {"detail": a sentence}.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from deltaw.errors import DeltawError, NotFound, WorkFailed
+from deltaw.lab.base import Lab
+from deltaw.lab.controls import read
+from deltaw.lab.picture import Picture, Plain
+from deltaw.lab.pictures import pictures_of
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def shown(lab: Lab, picture: Picture, given: Mapping[str, Any]) -> Plain:
+    """A picture at these controls. Raises BadInput with a sentence; what does not change is computed once."""
+    chosen = read(picture.controls, given)
+    if picture.act is not None:  # it shows where something live stands
+        with lab.lock:
+            return picture.compute(lab, chosen)
+    return lab.keep((picture.number, chosen), lambda: picture.compute(lab, chosen))
+
+
+def make_app(base: str | Lab, adapters: Mapping[str, Path] | None = None, host: str = "127.0.0.1") -> FastAPI:
+    """The lab of a base as an ASGI application.
+
+    base      a folder, a hub id or a starter name; or a Lab
+    adapters  name -> folder, attached beside the base
+    host      the address that it will be bound to: on loopback, other names are refused
+
+    Raises BaseError, AdapterError, BadInput: the base is loaded here.
+    """
+    lab = base if isinstance(base, Lab) else Lab(base, adapters)
+    pictures = pictures_of(lab)
+    frames = {"base": lab.label, "recorded": False, "pictures": [p.plain() for p in pictures.values()]}
+    app = FastAPI(title="deltaw lab", openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        refused = _refused(request, host)
+        response = JSONResponse({"detail": refused}, 403) if refused else await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(DeltawError)
+    def explain(_: Request, problem: Exception) -> JSONResponse:
+        status = 404 if isinstance(problem, NotFound) else 500 if isinstance(problem, WorkFailed) else 422
+        return JSONResponse({"detail": str(problem)}, status)
+
+    def find(n: str) -> Picture:
+        if not n.isdecimal() or int(n) not in pictures:
+            raise NotFound(f"there is no picture {n}; they are numbered 1 to {len(pictures)}.")
+        return pictures[int(n)]
+
+    @app.get("/api/pictures")
+    def every() -> JSONResponse:
+        return JSONResponse(frames)
+
+    @app.get("/api/pictures/{n}")
+    def show(n: str, request: Request) -> JSONResponse:
+        return JSONResponse(shown(lab, find(n), dict(request.query_params)))
+
+    @app.post("/api/pictures/{n}")
+    def act(n: str, given: dict[str, Any]) -> JSONResponse:
+        picture = find(n)
+        if picture.act is None:
+            return JSONResponse({"detail": f"picture {n} changes nothing: ask for it with GET."}, 405)
+        return JSONResponse(picture.act(lab, read(picture.controls, given)))
+
+    app.mount("/", StaticFiles(directory=ASSETS, html=True))
+    return app
+
+
+def _refused(request: Request, host: str) -> str | None:
+    """Why a request is not answered; None: it is."""
+    own = request.headers.get("host", "")
+    name = urlsplit(f"//{own}").hostname or ""
+    if is_loopback(host) and name not in LOCAL and not is_loopback(name):
+        return f"this lab answers to names of this machine only, not to {name!r}."
+    if request.method in ("GET", "HEAD"):
+        return None
+    origin = request.headers.get("origin")
+    same = urlsplit(origin).netloc == own if origin else request.headers.get("sec-fetch-site") == "same-origin"
+    if not same:
+        return "this request does not come from the lab's own page, and it would change something."
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        return "a request that changes something is JSON (content-type: application/json)."
+    return None
