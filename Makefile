@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 
-.PHONY: demo test test-all check lint bench docs clean
+.PHONY: demo test test-all browser check lint bench docs clean
 
 NATIVE := hatch_build.py $(wildcard src/deltaw/ops/native/*.cpp src/deltaw/ops/native/*.h) src/deltaw/ops/native/build.py
 
@@ -30,12 +30,19 @@ demo: $(VENV)/.ready
 # Everything that must hold, in minutes. lint runs first; pytest's closing line comes last.
 test: lint
 	$(BIN)/deltaw fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --expect-skips 0
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" --expect-skips 0
 
 # The long runs and the peers too (under an hour).
 test-all: lint $(VENV)/.ready-peers
 	$(BIN)/deltaw fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest -q -m "not gpu" --expect-skips 0
+	$(BIN)/python -m pytest -q -m "not gpu and not browser" --expect-skips 0
+
+# The lab in a real Chromium, which must be installed (apt-get install chromium); npm gives axe, which looks for barriers.
+browser: $(VENV)/.ready-dev
+	$(PIP) -e '.[browser]'
+	mkdir -p build/axe && cd build/axe && npm pack --silent axe-core@4 > /dev/null && tar xzf axe-core-*.tgz
+	$(BIN)/deltaw fetch smollm2-135m-instruct
+	$(BIN)/python -m pytest -q -m browser --expect-skips 0
 
 # What can be said without running the library: format, lint, types, imports, house rules.
 check: lint

@@ -12,7 +12,11 @@ from house_walk import ROOT, SRC, asserting_helpers, asserts, called, functions,
 import deltaw
 
 FILE_CAP, FUNCTION_CAP = 400, 60  # lines
-NOT_ASCII = {"src/deltaw/merge/probe.txt"}  # data: a page of prose that logits are compared on
+NOT_ASCII = {
+    "src/deltaw/merge/probe.txt",  # data: a page of prose that logits are compared on
+    "src/deltaw/lab/assets/vendor/d3/d3.min.js",  # as its makers published it
+    "src/deltaw/lab/assets/vendor/plot/plot.umd.min.js",
+}
 DATA_NAMES = {"METHODS"}  # public names that are plain data; their module's docstring describes them
 
 

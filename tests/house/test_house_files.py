@@ -66,9 +66,14 @@ def test_the_wheel_holds_the_package_and_no_data():
     assert not {"data", "recipes", "bench"} & set(built["sdist"]["include"])
     inside = [p for p in tracked_files() if p.is_relative_to(SRC)]
     assert len(inside) > 40
-    assert {p.suffix for p in inside} <= {".py", ".txt", ".typed", ".cpp", ".json", ".h"}
+    page = [p for p in inside if p.is_relative_to(SRC / "lab" / "assets")]
+    vendored = [p for p in page if p.is_relative_to(SRC / "lab" / "assets" / "vendor")]
+    assert {p.suffix for p in inside if p not in page} <= {".py", ".txt", ".typed", ".cpp", ".json", ".h"}
+    assert {p.suffix for p in page if p not in vendored} == {".html", ".css", ".js", ".svg"}
+    assert sorted(p.name for p in vendored) == ["LICENSE", "LICENSE", "d3.min.js", "plot.umd.min.js"]
+    assert sum(p.stat().st_size for p in vendored) < 600_000
     assert [shown(p) for p in inside if p.suffix == ".txt"] == ["src/deltaw/merge/probe.txt"]
-    assert max(p.stat().st_size for p in inside) < 50_000
+    assert max(p.stat().st_size for p in inside if p not in vendored) < 50_000
 
 
 def test_torch_is_pinned_for_set_ups_and_ranged_for_users():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -28,6 +28,23 @@ OWN = ("base", "lesson")
 """Names that a given adapter cannot have."""
 
 T = TypeVar("T")
+
+
+def empty(name: str) -> Model:
+    """The network of a base or a shape, without memory for its weights."""
+    config, folder = find_config(name)
+    return Model(network_of(Base(name, config, folder)))  # type: ignore[arg-type]
+
+
+def parameters(model: Model) -> int:
+    """Parameters of a base; tied ones count once."""
+    return sum(p.numel() for p in model.net.parameters())
+
+
+@cache
+def shipped() -> dict[str, int]:
+    """Parameters of every shape that is shipped."""
+    return {name: parameters(empty(name)) for name in shapes()}
 
 
 class Lab:
@@ -145,7 +162,7 @@ class Lab:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Parameters of this base and of every shape that is shipped, the smallest first."""
-        counted = {name: self.parameters(name) for name in [self.label, *shapes()]}
+        counted = {self.label: parameters(self.shape(self.label)), **shipped()}
         return dict(sorted(counted.items(), key=lambda item: item[1]))
 
     def path(self, name: str) -> str:
@@ -155,15 +172,7 @@ class Lab:
     def shape(self, name: str) -> Model:
         """A network without memory for its weights."""
 
-        def make() -> Model:
-            config, folder = find_config(self.path(name))
-            return Model(network_of(Base(self.path(name), config, folder)))  # type: ignore[arg-type]
-
-        return self.keep(("shape", name), make, large=True)
-
-    def parameters(self, name: str) -> int:
-        """Parameters of a name of `sizes`; tied ones count once."""
-        return sum(p.numel() for p in self.shape(name).net.parameters())
+        return self.keep(("shape", name), lambda: empty(self.path(name)), large=True)
 
     def trained(self, name: str, spec: MethodSpec) -> dict[str, int]:
         """How many numbers `spec` trains at each linear map of a shape. Raises TargetError."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deltaw.core.affine import merged
+from deltaw.core.site import BlockSite, VirtualSite
 from deltaw.core.spec import MethodSpec, Start
 from deltaw.lab.base import Lab
 from deltaw.lab.controls import Controls, choice, controls, slider, switch
@@ -127,9 +128,9 @@ def counted(lab: Lab, key: str) -> dict[str, Any]:
         for name, params in made.sites.items():
             site = made.places[name]
             size = sum(t.numel() for t in params.values())
-            if site.kind == "virtual":
+            if isinstance(site, VirtualSite):
                 places["front"] += size
-            elif site.kind == "block":
+            elif isinstance(site, BlockSite):
                 places[f"after {site.part}"] += size if site.layer == LAYER else 0
             elif site.layer == LAYER:
                 places[site.role] += size

@@ -49,7 +49,7 @@ def target_controls(lab: Lab, role: str, layer: int) -> dict[str, Any]:
     """The controls that choose a linear map of the base."""
     roles = lab.roles
     return {
-        "layer": slider(min(layer, lab.layers - 1), 0, lab.layers - 1, "block"),
+        "layer": slider(min(layer, lab.layers - 1), 0, lab.layers - 1, "layer"),
         "target": choice(role if role in roles else roles[0], roles, "matrix"),
     }
 
@@ -118,7 +118,7 @@ def directions_controls(lab: Lab) -> type[Controls]:
     most = max(min(s.in_features, s.out_features) for s in lab.linear.values())
     marks = [r for r in (1, 4, 16, 64, 128, 256, 512) if r <= most]
     return controls(
-        "Picture6", rank=slider(min(16, most), 1, most, "rank r", marks), **target_controls(lab, "q_proj", 0)
+        "Picture6", rank=slider(min(16, most), 1, most, "rank r", marks), **target_controls(lab, "up_proj", 5)
     )
 
 

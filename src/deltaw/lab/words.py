@@ -34,12 +34,12 @@ WORDS: dict[int, Words] = {
     ),
     4: Words(
         "Quantisation precision",
-        "Choose a format: where its levels lie close the weights are many, and the error is small.",
+        "Choose a format: the error is small where levels (orange) lie close together under many weights (grey).",
         "value = level x largest of its block; scales cost 32 / 64 = 0.5 bits a value, 0.127 with double quantisation",
         "QLoRA puts everything in 4 bits.",
         "Only the frozen linear maps. Adapters, norms, embeddings and all arithmetic stay in 16 or 32 bits.",
         "Why is NF4 nearer than INT4 with as many bits?",
-        "Weights are nearly normal, and NF4's sixteen levels are quantiles of a normal: close together where most weights are.",
+        "Weights are nearly normal. NF4's sixteen levels are quantiles of a normal: close where most weights are.",
     ),
     5: Words(
         "Cost of full fine-tuning",
@@ -52,12 +52,12 @@ WORDS: dict[int, Words] = {
     ),
     6: Words(
         "A few directions",
-        "Compare the curves: a pretrained matrix keeps an error for hundreds of ranks, a change with few directions does not.",
+        "Compare the curves: a pretrained matrix needs hundreds of directions, as noise does; a change needs few.",
         "min over rank r of |W - W_r| = sqrt(s_{r+1}^2 + ... ), the singular values left out (Eckart and Young, 1936)",
         "W is low-rank, therefore LoRA works.",
         "W is not. What LoRA assumes is that the change for one task, dW, has few directions.",
         "How many directions hold 90 % of this matrix, and how many of noise of its shape?",
-        "Both numbers are above. Matrices differ (try v_proj or a later block), yet none gets by with 16 directions.",
+        "Both numbers are above. Matrices differ (try q_proj of block 0), yet 16 directions are enough for none.",
     ),
     7: Words(
         "Forward path",

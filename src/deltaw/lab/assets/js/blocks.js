@@ -14,8 +14,35 @@ function swatch(colour) {
   return node;
 }
 
+// One map: x through W, and beside it through A and B; or through W' alone. Heights of boxes are their widest side.
+function wiring(part, merged, rank) {
+  const svg = globalThis.d3.create("svg").attr("viewBox", "0 0 640 190").attr("width", 640).attr("role", "img")
+    .attr("aria-label", merged ? `${part.role} merged: y = W' x` : `${part.role}: y = W x + s B A x, a thin path beside W`);
+  const line = (x1, y1, x2, y2) => svg.append("line").attr("x1", x1).attr("y1", y1).attr("x2", x2).attr("y2", y2)
+    .attr("stroke", css("text")).attr("stroke-width", 1.5);
+  const box = (x, y, w, h, colour, label, small) => {
+    svg.append("rect").attr("x", x).attr("y", y).attr("width", w).attr("height", h).attr("rx", 4)
+      .attr("fill", css("page")).attr("stroke", colour).attr("stroke-width", 2.5);
+    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2).attr("text-anchor", "middle").text(label);
+    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2 + 18).attr("text-anchor", "middle").attr("font-size", 13).text(small);
+  };
+  const y = merged ? 95 : 52;
+  line(40, y, 560, y);
+  svg.append("text").attr("x", 22).attr("y", y + 5).text("x");
+  svg.append("text").attr("x", 566).attr("y", y + 5).text(merged ? "y = W' x" : "y = sum");
+  box(190, y - 42, 210, 84, css("grey"), merged ? "W' = W + s B A" : "W, frozen", `${part.out} x ${part.in}`);
+  if (merged) return svg.node();
+  for (const [x1, y1, x2, y2] of [[80, y, 80, 150], [80, 150, 500, 150], [500, 150, 500, y]]) line(x1, y1, x2, y2);
+  box(140, 122, 110, 56, css("orange"), "A", `${rank} x ${part.in}`);
+  box(340, 122, 110, 56, css("orange"), "B", `${part.out} x ${rank}`);
+  svg.append("text").attr("x", 295).attr("y", 143).attr("text-anchor", "middle").attr("font-size", 13).text(`${rank} wide`);
+  svg.append("circle").attr("cx", 500).attr("cy", y).attr("r", 11).attr("fill", css("page")).attr("stroke", css("text"));
+  svg.append("text").attr("x", 500).attr("y", y + 5).attr("text-anchor", "middle").text("+");
+  return svg.node();
+}
+
 export function draw3(data, change) {
-  const drawn = [make("p", { class: "flow" }, "hidden state in")];
+  const drawn = [wiring(data.parts.find((p) => p.role === data.part), data.merged, data.rank), make("p", { class: "flow" }, "the block: hidden state in")];
   for (const [half, parts] of halves(data.parts)) {
     const buttons = parts.map((part) => {
       const button = make("button", { type: "button", class: "part", "aria-pressed": String(part.role === data.part) },

@@ -60,7 +60,8 @@ export function strip(values, limit, width, label) {
 // Plot writes a <style> of its own, which the page's policy does not allow; lab.css has the rules.
 export function chart(label, options) {
   const width = Math.max(280, Math.min(880, document.getElementById("drawing").clientWidth || 640));
-  const drawn = Plot.plot({ width, style: { background: "transparent", fontSize: "13px" }, ...options });
+  const x = { labelOffset: 40, ...options.x };
+  const drawn = Plot.plot({ width, marginBottom: 48, style: { background: "transparent", fontSize: "13px" }, ...options, x });
   for (const style of drawn.querySelectorAll("style")) style.remove();
   const svg = drawn.tagName.toLowerCase() === "svg" ? drawn : drawn.querySelector("svg");
   svg.setAttribute("role", "img");

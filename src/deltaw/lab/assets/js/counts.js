@@ -9,7 +9,7 @@ export function draw2(data) {
   return [
     legend([["base, frozen", css("grey")], ["LoRA", css("orange")]]),
     chart(`Numbers in ${data.model} and in its adapter by kind of linear map, on a scale of powers of ten`, {
-      height: 60 + 34 * rows.length, marginLeft: 150, marginRight: 60,
+      height: 80 + 34 * rows.length, marginLeft: 175, marginRight: 60,
       x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: 5, clamp: true },
       y: { type: "band", domain: rows, label: null, padding: 0.15 },
       marks: [
@@ -26,7 +26,7 @@ export function draw4(data) {
   return [
     make("p", { class: "flow" }, "weights over the largest of their block (grey), and the levels of the format (orange)"),
     chart(`Histogram of the weights with the ${data.levels.length} levels of ${data.format}`, {
-      height: 220, x: { label: "weight / largest of its block", domain: [-1, 1] }, y: { label: "share", tickFormat: "%", grid: true },
+      height: 240, x: { label: "weight / largest of its block", domain: [-1, 1] }, y: { label: "share", tickFormat: "%", grid: true, nice: true },
       marks: [
         Plot.rectY(data.histogram, { x1: (d) => d.at - 1 / data.histogram.length, x2: (d) => d.at + 1 / data.histogram.length, y: "share", fill: css("grey"), fillOpacity: 0.6 }),
         data.levels.length && data.levels.length <= 16
@@ -37,14 +37,14 @@ export function draw4(data) {
     }),
     make("div", { class: "answers" },
       make("figure", {}, make("figcaption", {}, "error of all formats, same weights"), chart("Error of each format", {
-        width: 400, height: 190, marginLeft: 60, marginRight: 130, x: { label: "relative error", tickFormat: "%", ticks: 4 }, y: { label: null, domain: data.formats.map((f) => f.format) },
+        width: 400, height: 210, marginLeft: 60, marginRight: 130, x: { label: "relative error", tickFormat: "%", ticks: 4 }, y: { label: null, domain: data.formats.map((f) => f.format) },
         marks: [
           Plot.barX(data.formats, { x: "error", y: "format", fill: (d) => (d.format === data.format ? css("orange") : css("grey")) }),
           Plot.text(data.formats, { x: "error", y: "format", dx: 4, textAnchor: "start", text: (d) => `${(100 * d.error).toFixed(2)} %, ${d.bits.toFixed(2)} bits` }),
         ],
       })),
       make("figure", {}, make("figcaption", {}, `error in each of ${data.columns.length} columns, ${data.format}`), chart("Error of each column", {
-        width: 400, height: 190, x: { label: "column" }, y: { label: "relative error", tickFormat: "%", zero: true, grid: true, ticks: 4 },
+        width: 400, height: 210, x: { label: "column" }, y: { label: "relative error", tickFormat: "%", zero: true, grid: true, ticks: 4 },
         marks: [Plot.dot(data.columns, { x: (_, i) => i, y: (d) => d, r: 1.5, fill: css("blue") })],
       }))),
   ];
@@ -57,7 +57,7 @@ export function draw5(data) {
   return [
     make("p", { class: "flow" }, "memory to train one task, before activations"),
     chart("Memory of full fine-tuning and of LoRA", {
-      height: 130, marginLeft: 60, marginRight: 90, x: { label: "GB", transform: (d) => d / 1e9, grid: true, ticks: 5 }, y: { label: null, domain: ["full", "LoRA"] },
+      height: 150, marginLeft: 60, marginRight: 90, x: { label: "GB", transform: (d) => d / 1e9, grid: true, ticks: 5 }, y: { label: null, domain: ["full", "LoRA"] },
       marks: [
         Plot.barX(data.memory, { x: "bytes", y: "name", fill: (d) => (d.name === "full" ? css("grey") : css("orange")) }),
         Plot.text(data.memory, { x: "bytes", y: "name", text: (d) => bytes(d.bytes), dx: 4, textAnchor: "start" }),
@@ -75,7 +75,7 @@ export function draw5(data) {
 
 export function draw8(data) {
   const side = 260;
-  const square = globalThis.d3.create("svg").attr("viewBox", `0 0 ${side + 150} ${side + 20}`).attr("width", side + 150).attr("role", "img")
+  const square = globalThis.d3.create("svg").attr("viewBox", `0 0 ${side + 220} ${side + 24}`).attr("width", side + 220).attr("role", "img")
     .attr("aria-label", `W as a square and the adapter's two thin factors to scale: ${(100 * data.share).toFixed(2)} percent`);
   const thin = Math.max(1, (data.rank / data.d) * side);
   square.append("rect").attr("y", 10).attr("width", side).attr("height", side).attr("fill", css("grey")).attr("fill-opacity", 0.35);
@@ -83,7 +83,7 @@ export function draw8(data) {
   square.append("rect").attr("x", side + 12).attr("y", 10).attr("width", thin).attr("height", side).attr("fill", css("orange"));
   square.append("rect").attr("y", side + 14).attr("width", side).attr("height", Math.min(thin, 6)).attr("fill", css("orange"));
   square.append("text").attr("x", side + 20 + thin).attr("y", 40).text(`B: ${data.d} x ${data.rank}`);
-  square.append("text").attr("x", side + 20 + thin).attr("y", 62).text("A lies below");
+  square.append("text").attr("x", side + 20 + thin).attr("y", 62).text(`A: ${data.rank} x ${data.d}, below W`);
   return [
     square.node(),
     chart("Share of the matrix that trains, against the rank", {

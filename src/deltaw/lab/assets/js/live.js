@@ -17,13 +17,13 @@ export function draw9(data, change) {
   return [
     make("div", { class: "row" }, go("Step", data.step + 1), go("Five steps", Math.min(data.steps, data.step + 5)), go("Back to 0", 0)),
     chart("Norm of B A in each layer after each step; zero is the ground of the scale", {
-      height: 260, x: { type: "band", label: "step", domain: d3.range(data.steps + 1) }, y: { type: "band", label: "layer", reverse: true, domain: d3.range(data.norms[0].length), tickFormat: (d) => (d % 5 === 0 ? d : "") },
+      height: 280, x: { type: "band", label: "step", domain: d3.range(data.steps + 1) }, y: { type: "band", label: "layer", reverse: true, domain: d3.range(data.norms[0].length), ticks: d3.range(0, data.norms[0].length, 5) },
       color: { type: "linear", domain: [0, most], interpolate: d3.interpolateViridis },
-      marks: [Plot.cell(cells, { x: "step", y: "layer", fill: "norm", inset: 0.5 })],
+      marks: [Plot.cell(cells, { x: "step", y: "layer", fill: "norm", insetLeft: 1, shapeRendering: "crispEdges" })],
     }),
     make("p", { class: "flow" }, `|B A| by layer: dark is 0, bright is ${most.toPrecision(3)}`),
     chart("Loss after each step", {
-      height: 170, x: { type: "linear", label: "step", domain: [0, data.steps] }, y: { label: "loss", zero: true, grid: true, ticks: 4 },
+      height: 190, x: { type: "linear", label: "step", domain: [0, data.steps] }, y: { label: "loss", zero: true, grid: true, ticks: 4 },
       marks: [Plot.lineY(data.losses, { x: (_, i) => i, y: (d) => d, stroke: css("blue"), strokeWidth: 2 }),
         Plot.dot(data.losses, { x: (_, i) => i, y: (d) => d, fill: css("orange"), r: 4 })],
     }),

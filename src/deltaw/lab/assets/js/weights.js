@@ -32,18 +32,17 @@ export function draw6(data) {
 export function draw7(data) {
   const v = data.vectors;
   const widest = Math.max(v.x.length, v.Wx.length);
-  const room = Math.max(200, Math.min(620, document.getElementById("drawing").clientWidth - 20));
+  const room = Math.max(200, Math.min(820, document.getElementById("drawing").clientWidth - 24));
   const limit = (values) => Math.max(1e-9, [...values].map(Math.abs).sort((a, b) => a - b)[Math.floor(values.length * 0.95)]);
   const row = (title, values, of) => make("figure", {},
     make("figcaption", {}, `${title}: ${values.length} numbers`),
     strip(values, limit(of ?? values), Math.max(3, (values.length / widest) * room), `${title}, ${values.length} numbers`));
-  const half = (title, ...rows) => make("div", { class: "half" }, make("h2", {}, title), ...rows);
+  const half = (title, ...rows) => make("div", { class: "half strips" }, make("h2", {}, title), ...rows);
   return [
     make("p", { class: "flow" }, `x is what ${data.site} reads at the last token of "${data.prompt}". Strips are as wide as their vectors.`),
     half("in", row("x", v.x)),
-    make("div", { class: "answers" },
-      half("frozen path", row("W x", v.Wx)),
-      half("adapter's path", row("A x", v.Ax), row("s B A x", v.BAx, v.Wx))),
+    half("frozen path", row("W x", v.Wx)),
+    half(`adapter's path: through ${v.Ax.length} numbers`, row("A x", v.Ax), row("s B A x", v.BAx, v.Wx)),
     half(`sum (computed by the model's own code, ${data.dtype})`, row("y = W x + s B A x", v.y, v.Wx)),
   ];
 }
