@@ -53,6 +53,7 @@ def out(tmp_path):
         ({"method": "dare_ties", "density": 0.0}, "above 0 and at most 1"),
         ({"density": 0.5}, "'linear' keeps every number: remove density"),
         ({"method": "ties", "density": 0.5, "shared_mask": True}, "shared_mask is for dare"),
+        ({"method": "ties", "density": 0.5, "seed": 0}, "seed is for dare_linear and dare_ties"),
         ({"method": "ties", "density": 0.5}, "dense at .*q_proj: give the rank"),
         ({"method": "svd"}, "give rank and out"),
         ({"method": "cat", "rank": 2}, "'cat' keeps every rank"),

@@ -238,3 +238,11 @@ def test_quantised_models_are_refused(saved, tmp_path):
     quantise_base(base, tmp_path / "small", Format("nf4", 32, False))
     with pytest.raises(NotMergeable, match="holds nf4 weights"):
         extract(tmp_path / "small", tuned, tmp_path / "out", rank=2)
+
+
+def test_an_adapter_s_folder_is_no_model(saved, tmp_path):
+    base, tuned = pair(saved, "llama")
+    extract(base, tuned, tmp_path / "lora", rank=2)
+    for models in ((base, tmp_path / "lora"), (tmp_path / "lora", tuned)):
+        with pytest.raises(BaseError, match=r"lora has no config\.json"):
+            extract(*models, tmp_path / "out", rank=2)

@@ -39,7 +39,7 @@ def combine(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="At most this rank at each place; what is lost is said.")] = None,
     density: Annotated[float | None, typer.Option(help="The share of each adapter's numbers that is kept.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what DARE drops.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of what DARE drops; 0 by default.")] = None,
     shared_mask: Annotated[
         bool, typer.Option("--shared-mask", help="DARE drops the same places of every adapter.")
     ] = False,

@@ -82,9 +82,11 @@ def broken(path: Path, what: str) -> BaseError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises BaseError for anything else."""
+    """The object in a model's JSON file. Raises BaseError for anything else, and where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseError(f"{path.parent} has no {path.name}.\n  Give a model's folder in Hugging Face layout.") from None
     except ValueError as problem:
         raise broken(path, f"is not valid JSON: {problem}") from problem
     if not isinstance(value, dict):

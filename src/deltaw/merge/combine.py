@@ -82,7 +82,7 @@ def combine(
     base: str | Path | None = None,
     rank: int | None = None,
     density: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     shared_mask: bool = False,
     dtype: str | None = None,
     allow_other_base: bool = False,

@@ -35,7 +35,7 @@ class Way:
 
     name         one of WAYS
     density      share of each adapter's numbers that is kept; for those of PRUNED only
-    seed         of what DARE drops
+    seed         of what DARE drops; None: 0
     shared_mask  whether DARE drops the same places of every adapter
 
     Raises BadInput where these do not go together.
@@ -43,7 +43,7 @@ class Way:
 
     name: str = "linear"
     density: float | None = None
-    seed: int = 0
+    seed: int | None = None
     shared_mask: bool = False
 
     def __post_init__(self) -> None:
@@ -56,10 +56,9 @@ class Way:
                 f"method {self.name!r} keeps a share of each adapter's numbers: give density, above 0 and at most 1 "
                 f"(got {self.density}). 0.2 is what TIES' authors keep."
             )
-        if self.shared_mask and not self.by_chance:
-            raise BadInput(
-                f"shared_mask is for dare_linear and dare_ties, which drop by chance, not for {self.name!r}."
-            )
+        for key, is_given in (("shared_mask", self.shared_mask), ("seed", self.seed is not None)):
+            if is_given and not self.by_chance:
+                raise BadInput(f"{key} is for dare_linear and dare_ties, which drop by chance, not for {self.name!r}.")
 
     @property
     def by_chance(self) -> bool:
@@ -97,7 +96,7 @@ def _pruned(delta: Tensor, way: Way, where: str, number: int) -> Tensor:
     if way.density is None or way.density == 1:
         return delta
     if way.by_chance:
-        mask = drop_mask(tuple(delta.shape), way.density, way.seed, where, 0 if way.shared_mask else number)
+        mask = drop_mask(tuple(delta.shape), way.density, way.seed or 0, where, 0 if way.shared_mask else number)
         return delta * mask / way.density
     return delta * trim_mask(delta, way.density)
 
