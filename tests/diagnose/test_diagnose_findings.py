@@ -184,3 +184,19 @@ def test_diagnose_findings_merge_forgetting_and_rows():
     assert Forgetting(10, 5, 4, 3, 1, None, None).chance == pytest.approx(5 / 16)
     assert kinds(replace(HEALTHY, data=Change(8, 2.0, 1.0))) == []
     assert kinds(replace(HEALTHY, data=Change(8, 2.0, 2.0))) == ["no_help"]
+
+
+def test_diagnose_findings_a_run_that_died_early():
+    def log(*points, finished=False):
+        return Log(tuple(StepPoint(i, *p, 0.1) for i, p in enumerate(points, 1)), (), 60, 50, finished)
+
+    nothing = Facts(curve=None)
+    calm = ((11.0, 5.0, 9.0), (10.0, 5.0, 40.0), (9.0, 5.0, 2.0))
+    blown = ((11.0, 5.0, 9.0), (10.0, 5.0, 5e18))
+    risen = ((1.2, 1.0, 9.0), (24.0, 1.0, 30.0))
+    assert kinds(replace(nothing, log=log(*calm))) == []
+    assert kinds(replace(nothing, log=log(*blown))) == kinds(replace(nothing, log=log(*risen))) == ["diverged"]
+    assert kinds(replace(nothing, log=log(*blown, finished=True))) == kinds(replace(nothing, log=log(blown[0]))) == []
+    (found,) = findings(replace(nothing, log=log(*blown), rate=5.0, scale=2.0, alpha=16.0, rank=8))
+    assert found.kind == "alpha_misconfigured"
+    assert "stopped after step 2" in found.message

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import deltaw
 from deltaw.core.adapter import Adapter
 from deltaw.diagnose.sites import measure_alone
-from deltaw.errors import AdapterError, BadInput, BaseError, DataError, NotFound
+from deltaw.errors import AdapterError, BadInput, BaseError, DataError, NotFound, WorkFailed
 from deltaw.model.base import load_base
 from models import randomise
 
@@ -278,3 +278,9 @@ def test_diagnose_runs_refuses_what_it_cannot_use(healthy, base, tmp_path):
         deltaw.diagnose(healthy, merge_dtype="nf5")
     with pytest.raises(DataError, match="needs the run's training rows"):
         deltaw.diagnose(healthy, rank=3)
+
+
+def test_diagnose_runs_finds_a_run_that_died_of_nan(base, tmp_path):
+    with pytest.raises(WorkFailed, match="loss is"):
+        run(base, tmp_path / "run", data=rows(48, 6), lr=20.0)
+    assert kinds(tmp_path / "run") == ["alpha_misconfigured"]

@@ -66,7 +66,9 @@ def test_factors_of_mixed_ranks_scales_and_signs_are_exact(saved, tmp_path, meth
 def test_the_result_says_its_parents_and_how(saved, tmp_path):
     base = saved(make_net("llama"))
     adapters = made_of(base, MIXED.values())
-    report = combine(adapters, WEIGHTS, method="dare_ties", density=0.3, rank=4, seed=7, out=tmp_path / "out", base=base)
+    report = combine(
+        adapters, WEIGHTS, method="dare_ties", density=0.3, rank=4, seed=7, out=tmp_path / "out", base=base
+    )
     noted = read_adapter(tmp_path / "out").provenance
     assert noted["parents"] == [a.id for a in adapters] == list(report.parents)
     assert noted["combine"] == {

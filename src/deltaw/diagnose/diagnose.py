@@ -221,7 +221,7 @@ class _Work:
             self.skip("identity of the base", "the adapter does not say which base it was trained on (a foreign file)")
             return
         apart = self.adapter.fingerprint.differences(found)
-        hard = [f"its {k} are {mine}, this base has {its}" for k, (mine, its) in apart.items() if k in HARD]
+        hard = [f"{k}: it has {mine}, this base {its}" for k, (mine, its) in apart.items() if k in HARD]
         if hard:
             names = f"it was trained on {self.adapter.fingerprint.short()}, this is {found.short()}"
             self.facts["mismatch"] = (names, *hard)

@@ -12,6 +12,7 @@ from deltaw.diagnose.general import Change, Forgetting
 from deltaw.diagnose.precision import Rounded
 from deltaw.diagnose.sites import SiteRow
 
+BLOWN = (3.0, 100.0)  # loss and gradient norm over those of the first step, in a run that stopped early
 PEAK, RISE = 1.25, 0.25  # loss over the first one in the first steps; share of what was learned that was lost again
 
 
@@ -79,6 +80,20 @@ class Facts:
         """The median over places of what is known."""
         values = [v for row in self.rows if (v := what(row)) is not None]
         return statistics.median(values) if values else None
+
+    @property
+    def died(self) -> str | None:
+        """What an unfinished run too short for a curve says of steps that were too large, as a clause; else None."""
+        if self.log is None or self.curve is not None or self.log.finished or len(self.log.steps) < 2:
+            return None
+        first, *later = self.log.steps
+        loss, gradient = max(s.loss for s in later), max(s.grad_norm for s in later)
+        if loss <= BLOWN[0] * first.loss and gradient <= BLOWN[1] * first.grad_norm:
+            return None
+        return (
+            f"the run stopped after step {later[-1].step}, its loss up to {loss:.3g} ({first.loss:.3g} at the first "
+            f"step), its gradient's norm up to {gradient:.3g} ({first.grad_norm:.3g})"
+        )
 
     @property
     def full_steps(self) -> float | None:

@@ -86,8 +86,10 @@ def base_mismatch(facts: Facts) -> Finding | None:
 
 
 def diverged(facts: Facts) -> Finding | None:
-    """A loss that ends above where it began, or gave back much of what it had learned."""
-    curve = facts.curve
+    """A loss that ends above where it began, or gave back much of what it had learned; or a run that died of it."""
+    curve, remedy = facts.curve, "Lower the learning rate or alpha, lengthen the warm-up"
+    if (died := facts.died) is not None:
+        return Finding("diverged", "The run blew up", f"{died[:1].upper()}{died[1:]}.", remedy + ".")
     if curve is None:
         return None
     first = max(curve.start, curve.means[0])
@@ -98,8 +100,7 @@ def diverged(facts: Facts) -> Finding | None:
         "diverged",
         "The loss rose",
         f"The loss began at {curve.start:.3g}, was {curve.best:.3g} at its best and ended at {curve.final:.3g}.",
-        "Lower the learning rate, lengthen the warm-up, or keep the best adapter with rows to validate on "
-        "(eval.keep: best).",
+        f"{remedy}, or keep the best adapter with rows to validate on (eval.keep: best).",
     )
 
 

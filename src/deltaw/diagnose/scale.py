@@ -27,7 +27,7 @@ def alpha_misconfigured(facts: Facts) -> Finding | None:
 def _too_large(facts: Facts) -> Finding | None:
     ratio, step, curve = facts.median(lambda r: r.ratio), _step(facts), facts.curve
     wild = facts.scale is not None and abs(facts.scale) >= WILD_SCALE
-    witness = [] if curve is None else _loss_says(curve)
+    witness = [d for d in (facts.died,) if d] if curve is None else _loss_says(curve)
     if ratio is not None and step is not None:
         out_of_band = step >= STEP and ratio >= LARGE and (bool(witness) or wild)
     elif ratio is not None:
