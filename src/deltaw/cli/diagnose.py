@@ -20,7 +20,7 @@ def diagnose(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows to measure the loss on with and without the adapter (the first 64); with --try-rank: the run's own."
+            help="Rows to measure the loss on with and without the adapter (the first 64); with --try-rank the run's."
         ),
     ] = None,
     merged: Annotated[
