@@ -18,10 +18,7 @@ def diagnose(
     path: Annotated[str, typer.Argument(help="Folder of a run or of an adapter, or NAME[@V] in the registry.")],
     base: Annotated[str | None, typer.Option(help="Its base; by default the one it names, where that is here.")] = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows to measure the loss on with and without the adapter (the first 64); with --try-rank the run's."
-        ),
+        str | None, typer.Option(help="Rows to measure the loss on, with and without it (64); of --try-rank: its rows.")
     ] = None,
     merged: Annotated[
         str | None, typer.Option(help="A model this adapter was merged into: what is left of the update there.")
