@@ -26,10 +26,10 @@ _STREAM = {200: {"description": "A completion, or with stream a text/event-strea
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> JSONResponse:
     """The base and the adapters that the caller may use."""
     serving: Serving = request.app.state.serving
-    return {"object": "list", "data": await serving.served.cards(request.state.key)}
+    return JSONResponse({"object": "list", "data": await serving.served.cards(request.state.key)})
 
 
 @router.get("/v1/models/{model:path}")

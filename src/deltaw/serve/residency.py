@@ -163,11 +163,12 @@ class Residency:
     async def _read(self, card: Card) -> Loaded:
         assert card.read is not None
         found = await self._aside(card.read)
+        if found.n_bytes > self.host.budget or card.id in self.host.items:
+            return found
         while (old := self.host.oldest(found.n_bytes, Counter())) is not None:
             self.host.pop(old)
             self.host.evictions += 1
-        if found.n_bytes <= self.host.budget and card.id not in self.host.items:
-            self.host.put(card.id, found)
+        self.host.put(card.id, found)
         return found
 
     async def _activate(self, card: Card) -> Loaded:

@@ -177,7 +177,7 @@ class Served:
             found = await self._aside(lambda: self.registry.resolve(asked))  # type: ignore[union-attr]
         except (RegistryError, NotFound):
             return None
-        read = partial(self._read_registered, str(found), found.id)
+        read = partial(self._read_registered, str(found))
         return Card(found.name, found.version, found.id, read)
 
     async def cards(self, key: Key | None = None) -> list[dict[str, Any]]:
@@ -220,13 +220,15 @@ class Served:
         compare(adapter.fingerprint, self.model.fingerprint, False)
         return adapter
 
-    def _read_registered(self, reference: str, wanted: str) -> Loaded:
+    def _read_registered(self, reference: str) -> Loaded:
         assert self.registry is not None
-        return self._read(self.registry.folder(reference), wanted)
+        return self._read(
+            self.registry.folder(reference)
+        )  # which checked every byte, and a number is never given again
 
-    def _read(self, folder: Path, wanted: str) -> Loaded:
+    def _read(self, folder: Path, wanted: str | None = None) -> Loaded:
         adapter = self._checked(read_adapter(folder))
-        if adapter.id != wanted:
+        if wanted is not None and adapter.id != wanted:
             raise AdapterError(f"The adapter in {folder} was changed since it was loaded: load it again.")
         return as_loaded(adapter, self.words.of_adapter(tuple(adapter.spec.new_tokens), own_template(folder)))
 
