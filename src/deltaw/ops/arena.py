@@ -51,7 +51,7 @@ class _Stack:
         while size > _LEAST:
             try:
                 self._region, self._size = torch.UntypedStorage(size), size
-                return _ask_for_huge_pages(self._region)
+                return ask_for_huge_pages(self._region)
             except RuntimeError:  # no such room
                 size //= 2
         self._region = torch.UntypedStorage(0)
@@ -142,7 +142,8 @@ def _physical_bytes() -> int:
         return 0
 
 
-def _ask_for_huge_pages(region: torch.UntypedStorage) -> None:
+def ask_for_huge_pages(region: torch.UntypedStorage) -> None:
+    """Advise the system to back memory that nobody has touched yet by pages of 2 MB, where it can."""
     if not sys.platform.startswith("linux"):
         return
     page = 2 << 20

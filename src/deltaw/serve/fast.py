@@ -20,6 +20,7 @@ from deltaw.formats.dense import DenseWeight
 from deltaw.model.fuse import Plain, read_blocks
 from deltaw.model.model import Model
 from deltaw.model.resident import Resident
+from deltaw.ops.arena import ask_for_huge_pages
 from deltaw.ops.block import Block, Norm
 from deltaw.ops.blockwise import packed
 from deltaw.ops.maps import Map
@@ -56,6 +57,8 @@ class FastRunner:
     def __init__(self, model: Model, pages: Pages) -> None:
         """Raises model.fuse.Plain, saying why, for a base that the generic runner is for."""
         self._generic = GenericRunner(model, pages)
+        for held in (*pages.keys, *pages.values):  # read in strides: small pages of the system cost a miss each
+            ask_for_huge_pages(held.untyped_storage())
         self._embed = model.net.get_input_embeddings()  # the base's own: adapters that change it are not worn here
         self._body: Any = model.net.model
         self._stepper = Stepper(_net_of(model, pages))

@@ -202,10 +202,10 @@ struct Paged {
     int32_t dtype, type, out_type;
 };
 
-// Rows of queries [row, row + rows) of a sequence, for a key-value head, against keys [first, last)
+// Rows [row, row + rows) of a sequence, all heads, against keys [first, last)
 struct PagedPart {
-    int64_t sequence, row, rows, head, first, last;
-    float* sums;  // [rows, heads / shared, 16 + dim]: sum, maximum and, from 16 on, weighted values; null: o is written
+    int64_t sequence, row, rows, first, last;
+    float* sums;  // [rows, heads, 16 + dim]: sum, maximum and, from 16 on, weighted values; null: o is written
 };
 
 struct Linear {  // one of the two

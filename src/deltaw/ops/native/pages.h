@@ -1,6 +1,6 @@
 // Causal attention of a sequence's new rows over pages of keys and values, after rows.h.
 //
-// The queries that share a key-value head are taken together. Scores exist for ROUND keys at a time, with a running
+// All heads of a few rows are taken together: a page is one stretch of memory, which the processor fetches ahead. Scores exist for ROUND keys at a time, with a running
 // maximum and sum (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135) in float32. A long context
 // is cut into parts of fixed size, joined in order, so results depend on neither the threads nor the other sequences.
 #pragma once
@@ -109,18 +109,40 @@ INLINE void soften(const Paged& t, float* s, int64_t j, int64_t n, int64_t seen,
     sums[0] += V::sum(sum);
 }
 
+template <class D>
+INLINE void weigh_queries(const float* p, const typename D::T* values, int64_t stride, int64_t keys, int64_t dim,
+                          int64_t queries, float* out, int64_t out_stride) {
+    int64_t i = 0;
+    for (; i + 4 <= queries; i += 4)
+        weigh_all<D, 4>(p + i * ROUND, ROUND, values, stride, keys, dim, out + i * out_stride, out_stride);
+    if (i + 3 == queries)
+        weigh_all<D, 3>(p + i * ROUND, ROUND, values, stride, keys, dim, out + i * out_stride, out_stride), i += 3;
+    for (; i < queries; ++i)
+        weigh_all<D, 1>(p + i * ROUND, ROUND, values, stride, keys, dim, out + i * out_stride, out_stride);
+}
+
+// Weighted values divided by the sum of weights, into o from value `at` on
+INLINE void write_weighted(const Paged& t, float* sums, int64_t at) {
+    const F by = V::set1(1 / sums[0]);
+    for (int64_t d = 0; d < up(t.dim, 16); d += W) V::store(sums + 16 + d, V::mul(V::load(sums + 16 + d), by));
+    narrow_row(sums + 16, t.o, at, t.dim, t.dim, t.out_type);
+}
+
 template <class Dot, class D>
 void paged_as(const Paged& t, const PagedPart& part, void* scratch) {
     using S = typename Dot::S;
-    const int64_t group = t.heads / t.shared, queries = part.rows * group, token = t.shared * t.dim;
+    const int64_t group = t.heads / t.shared, queries = part.rows * t.heads, token = t.shared * t.dim;
+    const int64_t of_head = part.rows * group;  // queries that share a key-value head
     const int64_t start = t.bounds[part.sequence], context = t.contexts[part.sequence];
     const int32_t* table = t.tables + part.sequence * t.width;
     Room room = {(char*)scratch};
     Attending<Dot> a(room, queries, t.dim);
     float row[WIDEST + W];
-    for (int64_t i = 0; i < queries; ++i) {  // query i: row i / group, head i % group
-        const int64_t at = (start + part.row + i / group) * t.q_stride + (part.head * group + i % group) * t.dim;
-        read_row(t.type, t.q, at, t.dim, row);
+    // query i: head of keys i / of_head, then row, then head of the group
+    const auto row_of_query = [&](int64_t i) { return part.row + i % of_head / group; };
+    const auto head_of_query = [&](int64_t i) { return i / of_head * group + i % group; };
+    for (int64_t i = 0; i < queries; ++i) {
+        read_row(t.type, t.q, (start + row_of_query(i)) * t.q_stride + head_of_query(i) * t.dim, t.dim, row);
         narrow_row(row, a.q, i * a.padded, t.dim, a.padded, sizeof(typename Dot::X) == 4 ? F32 : BF16);
         float* sums = a.sums + i * a.stride();
         memset(sums, 0, a.stride() * sizeof(float));
@@ -129,33 +151,30 @@ void paged_as(const Paged& t, const PagedPart& part, void* scratch) {
     const bool copied = t.dim % Dot::K != 0;
     for (int64_t j = part.first / PAGE * PAGE; j < part.last; j += ROUND) {
         const int64_t n = least(ROUND, part.last - j);
-        for (int64_t c = 0; c < n; c += PAGE) {
-            const S* keys = (const S*)t.keys + (table[(j + c) / PAGE] * PAGE) * token + part.head * t.dim;
-            if (copied) {
-                memset(a.page, 0, PAGE * a.padded * sizeof(S));
-                for (int64_t k = 0; k < PAGE; ++k) memcpy(a.page + k * a.padded, keys + k * token, t.dim * sizeof(S));
+        for (int64_t c = 0; c < n; c += PAGE)
+            for (int64_t g = 0; g < t.shared; ++g) {
+                const S* keys = (const S*)t.keys + table[(j + c) / PAGE] * PAGE * token + g * t.dim;
+                if (copied) {
+                    memset(a.page, 0, PAGE * a.padded * sizeof(S));
+                    for (int64_t k = 0; k < PAGE; ++k) memcpy(a.page + k * a.padded, keys + k * token, t.dim * sizeof(S));
+                }
+                for (int64_t i = g * of_head; i < (g + 1) * of_head; ++i)
+                    page_scores<Dot>(a.q + i * a.padded, copied ? a.page : keys, copied ? a.padded : token,
+                                     copied ? a.padded : t.dim, a.scores + i * ROUND + c);
             }
-            for (int64_t i = 0; i < queries; ++i)
-                page_scores<Dot>(a.q + i * a.padded, copied ? a.page : keys, copied ? a.padded : token,
-                                 copied ? a.padded : t.dim, a.scores + i * ROUND + c);
-        }
         for (int64_t i = 0; i < queries; ++i) {
-            const int64_t at = context + part.row + i / group;  // its own position
+            const int64_t at = context + row_of_query(i);  // its own position
             soften(t, a.scores + i * ROUND, j, n, most(part.first, at - t.window + 1), least(part.last, at + 1),
                    a.sums + i * a.stride(), a.wide);
         }
-        for (int64_t c = 0; c < n; c += PAGE) {
-            const int64_t held = least(PAGE, n - c);
-            const auto* values = (const typename D::T*)t.values + (table[(j + c) / PAGE] * PAGE) * token + part.head * t.dim;
-            int64_t i = 0;
-            const auto at = [&](int64_t i) { return a.sums + i * a.stride() + 16; };
-            for (; i + 4 <= queries; i += 4)
-                weigh_all<D, 4>(a.scores + i * ROUND + c, ROUND, values, token, held, t.dim, at(i), a.stride());
-            if (i + 3 == queries)
-                weigh_all<D, 3>(a.scores + i * ROUND + c, ROUND, values, token, held, t.dim, at(i), a.stride()), i += 3;
-            for (; i < queries; ++i)
-                weigh_all<D, 1>(a.scores + i * ROUND + c, ROUND, values, token, held, t.dim, at(i), a.stride());
-        }
+        for (int64_t c = 0; c < n; c += PAGE)
+            for (int64_t g = 0; g < t.shared; ++g) {
+                const auto* values =
+                    (const typename D::T*)t.values + table[(j + c) / PAGE] * PAGE * token + g * t.dim;
+                const float* p = a.scores + g * of_head * ROUND + c;
+                float* out = a.sums + g * of_head * a.stride() + 16;
+                weigh_queries<D>(p, values, token, least(PAGE, n - c), t.dim, of_head, out, a.stride());
+            }
     }
     for (int64_t i = 0; i < queries; ++i) {
         float* sums = a.sums + i * a.stride();
@@ -163,16 +182,14 @@ void paged_as(const Paged& t, const PagedPart& part, void* scratch) {
             memcpy(part.sums + i * a.stride(), sums, a.stride() * sizeof(float));
             continue;
         }
-        const F by = V::set1(1 / sums[0]);
-        for (int64_t d = 0; d < a.wide; d += W) V::store(sums + 16 + d, V::mul(V::load(sums + 16 + d), by));
-        const int64_t out = (start + part.row + i / group) * t.o_stride + (part.head * group + i % group) * t.dim;
-        narrow_row(sums + 16, t.o, out, t.dim, t.dim, t.out_type);
+        const int64_t out = (start + row_of_query(i)) * t.o_stride + head_of_query(i) * t.dim;
+        write_weighted(t, sums, out);
     }
 }
 
 int64_t paged_scratch(const Paged& t, int64_t rows) {
     Room room = {nullptr};
-    Attending<PlainDot>(room, rows * (t.heads / t.shared), t.dim);
+    Attending<PlainDot>(room, rows * t.heads, t.dim);
     return int64_t(room.at - (char*)nullptr);
 }
 
@@ -181,15 +198,16 @@ void paged(const Paged& t, const PagedPart& part, void* scratch) {
     paged_as<HalfDot, BFloat16>(t, part, scratch);
 }
 
-// `parts` parts of the same queries, one after the other in sums, become o
+// `parts` parts of the same rows, one after the other in sums, become o
 void paged_join(const Paged& t, const PagedPart& part, int64_t parts, float* sums) {
-    const int64_t group = t.heads / t.shared, queries = part.rows * group, wide = up(t.dim, 16), stride = wide + 16;
+    const int64_t group = t.heads / t.shared, of_head = part.rows * group, queries = part.rows * t.heads;
+    const int64_t wide = up(t.dim, 16), stride = wide + 16, apart = queries * stride;
     for (int64_t i = 0; i < queries; ++i) {
         float* whole = sums + i * stride;
         float top = LEAST;
-        for (int64_t p = 0; p < parts; ++p) top = whole[p * queries * stride + 1] > top ? whole[p * queries * stride + 1] : top;
+        for (int64_t p = 0; p < parts; ++p) top = whole[p * apart + 1] > top ? whole[p * apart + 1] : top;
         for (int64_t p = 0; p < parts; ++p) {
-            const float* one = whole + p * queries * stride;
+            const float* one = whole + p * apart;
             const float by = exp2_of(one[1] - top);
             whole[0] = p ? whole[0] + one[0] * by : one[0] * by;
             for (int64_t d = 0; d < wide; d += W) {
@@ -197,10 +215,8 @@ void paged_join(const Paged& t, const PagedPart& part, int64_t parts, float* sum
                 V::store(whole + 16 + d, p ? V::add(V::load(whole + 16 + d), scaled) : scaled);
             }
         }
-        const F by = V::set1(1 / whole[0]);
-        for (int64_t d = 0; d < wide; d += W) V::store(whole + 16 + d, V::mul(V::load(whole + 16 + d), by));
-        const int64_t out = (t.bounds[part.sequence] + part.row + i / group) * t.o_stride + (part.head * group + i % group) * t.dim;
-        narrow_row(whole + 16, t.o, out, t.dim, t.dim, t.out_type);
+        const int64_t row = t.bounds[part.sequence] + part.row + i % of_head / group;
+        write_weighted(t, whole, row * t.o_stride + (i / of_head * group + i % group) * t.dim);
     }
 }
 

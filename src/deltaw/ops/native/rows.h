@@ -54,10 +54,16 @@ INLINE void put_sums(const F (&sum)[N][R], float* y, int64_t stride) {
     }
 }
 
-// R rows of W times N rows of x; `ahead`: values from a row to the one to fetch, 0: none
-template <class Dot, int R, int N>
+// Which part of the memory behind is fetched while a corner is computed: of its own rows, NEAR columns further on, and of
+// the next panel's where its rows end
+struct Ahead {
+    int64_t near, next;  // columns; values from a row to the next panel's less its columns. near 0: nothing
+};
+
+// R rows of W times N rows of x
+template <class Dot, int R, int N, bool FETCH>
 INLINE void corner(const typename Dot::S* w, int64_t w_stride, const typename Dot::X* x, int64_t x_stride, int64_t cols,
-                   int64_t ahead, float* y, int64_t y_stride) {
+                   Ahead ahead, float* y, int64_t y_stride) {
     using S = typename Dot::S;
     F sum[N][R];
     for (int i = 0; i < N; ++i)
@@ -66,9 +72,10 @@ INLINE void corner(const typename Dot::S* w, int64_t w_stride, const typename Do
     for (; k + Dot::K <= cols; k += Dot::K) {
         typename Dot::R xs[N];
         for (int i = 0; i < N; ++i) xs[i] = Dot::load_x(x + i * x_stride + k);
+        const int64_t far = k + ahead.near < cols ? ahead.near : ahead.next;
         for (int r = 0; r < R; ++r) {
             const auto ws = Dot::load(w + r * w_stride + k);
-            if (ahead) V::prefetch((const uint8_t*)(w + r * w_stride + k + ahead));
+            if (FETCH) V::prefetch((const uint8_t*)(w + r * w_stride + k + far));
             for (int i = 0; i < N; ++i) sum[i][r] = Dot::dot(ws, xs[i], sum[i][r]);
         }
     }
@@ -83,20 +90,27 @@ INLINE void corner(const typename Dot::S* w, int64_t w_stride, const typename Do
 }
 
 constexpr int X_ROWS = W == 16 ? 4 : 2;  // rows of x in a corner, where there are as many
+#ifndef NEAR_BYTES
+#define NEAR_BYTES 1152
+#endif
+constexpr int64_t NEAR = NEAR_BYTES;     // bytes of each row of a panel that are fetched before they are read
 
-// `rows` <= PANEL rows of W times the rows of x
-template <class Dot, int N>
-INLINE void panel_rows(const Dense& t, const typename Dot::S* w, int64_t rows, int64_t ahead, int64_t i, float* y) {
+// `rows` <= PANEL rows of W times N rows of x, from row i on
+template <class Dot, int N, bool FETCH>
+INLINE void panel_rows(const Dense& t, const typename Dot::S* w, int64_t rows, int64_t i, float* y) {
     constexpr int R = W / N;
     const auto* x = (const typename Dot::X*)t.x + i * t.x_stride;
+    const int64_t near = least(t.cols, NEAR / int64_t(sizeof(*w)));
+    const Ahead ahead = {near, PANEL * t.cols + near - t.cols};
     float spare[4 * PANEL];
     const bool whole = i + N <= t.n;  // else the last rows of x are not there, and their sums are left out
     float* out = whole ? y + i * t.y_stride : spare;
     const int64_t stride = whole ? t.y_stride : PANEL;
     int64_t r = 0;
     for (; r + R <= rows; r += R)
-        corner<Dot, R, N>(w + r * t.cols, t.cols, x, t.x_stride, t.cols, ahead, out + r, stride);
-    for (; r < rows; ++r) corner<Dot, 1, N>(w + r * t.cols, t.cols, x, t.x_stride, t.cols, 0, out + r, stride);
+        corner<Dot, R, N, FETCH>(w + r * t.cols, t.cols, x, t.x_stride, t.cols, ahead, out + r, stride);
+    for (; r < rows; ++r)
+        corner<Dot, 1, N, false>(w + r * t.cols, t.cols, x, t.x_stride, t.cols, ahead, out + r, stride);
     if (!whole)
         for (int64_t k = i; k < t.n; ++k) memcpy(y + k * t.y_stride, spare + (k - i) * PANEL, rows * sizeof(float));
 }
@@ -106,12 +120,18 @@ void dense_as(const Dense& t, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
         const int64_t r = p * PANEL, rows = least(PANEL, t.rows - r);
         const auto* w = (const typename Dot::S*)t.w + r * t.cols;
-        const int64_t ahead = p + 1 < last ? PANEL * t.cols : 0;
         float* y = t.y + r;
-        if (t.n == 1) panel_rows<Dot, 1>(t, w, rows, ahead, 0, y);
-        else if (t.n == 2) panel_rows<Dot, 2>(t, w, rows, ahead, 0, y);
-        else
-            for (int64_t i = 0; i < t.n; i += X_ROWS) panel_rows<Dot, X_ROWS>(t, w, rows, i ? 0 : ahead, i, y);
+        if (t.n == 1) panel_rows<Dot, 1, true>(t, w, rows, 0, y);
+        else if (t.n == 2) panel_rows<Dot, 2, true>(t, w, rows, 0, y);
+        else if (t.n <= X_ROWS) panel_rows<Dot, X_ROWS, true>(t, w, rows, 0, y);
+        else {
+            const int64_t bytes = PANEL * t.cols * int64_t(sizeof(*w)), groups = (t.n + X_ROWS - 1) / X_ROWS;
+            const int64_t slice = up(bytes / groups, 64);
+            for (int64_t i = 0, at = bytes; i < t.n; i += X_ROWS) {
+                for (int64_t stop = least(at + slice, 2 * bytes); at < stop; at += 64) V::prefetch((const uint8_t*)w + at);
+                panel_rows<Dot, X_ROWS, false>(t, w, rows, i, y);
+            }
+        }
     }
 }
 

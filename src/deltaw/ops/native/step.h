@@ -13,9 +13,9 @@
 
 namespace {
 
-constexpr int64_t SPLIT = 512;    // keys of a part of a long context: fixed, so that results are
-constexpr int64_t FEW = 16;       // new rows of a sequence up to which its context is split
-constexpr int64_t QUERIES_OF_PART = 32;
+constexpr int64_t SPLIT = 256;    // keys of a part of a long context: fixed, so that results are
+constexpr int64_t FEW = 4;        // new rows of a sequence up to which its context is split
+constexpr int64_t QUERIES_OF_PART = 36;
 constexpr int64_t COLUMNS = 64;   // that are finished together
 
 int64_t up_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -36,36 +36,32 @@ struct Pieces {
 
 // Attention over pages ------------------------------------------------------------------------------------------------
 
-struct Portion {
-    PagedPart part;
-    int64_t joined;  // parts of the same queries that begin here; 0: not the first, 1: alone
-};
-
-// Calls visit(part, joined) for all of a task's parts
+// Calls visit(part, joined, of) for each part: of how many, and that number again at the first of them, else 0
 template <class Visit>
 void parts_of(const Paged& t, Visit visit) {
-    const int64_t group = t.heads / t.shared;
-    const int64_t block = larger(1, QUERIES_OF_PART / group);
+    const int64_t block = larger(1, QUERIES_OF_PART / t.heads);
     for (int64_t s = 0; s < t.sequences; ++s) {
         const int64_t rows = t.bounds[s + 1] - t.bounds[s], context = t.contexts[s];
         if (rows <= FEW) {
             const int64_t end = context + rows, start = larger(0, context - t.window + 1);
             const int64_t n = rows ? (end - 1) / SPLIT - start / SPLIT + 1 : 0;
-            for (int64_t g = 0; g < t.shared; ++g)
-                for (int64_t k = 0; k < n; ++k) {
-                    const int64_t from = (start / SPLIT + k) * SPLIT;
-                    visit(PagedPart{s, 0, rows, g, larger(start, from), smaller(end, from + SPLIT), nullptr}, k ? 0 : n, n);
-                }
+            for (int64_t k = 0; k < n; ++k) {
+                const int64_t from = (start / SPLIT + k) * SPLIT;
+                visit(PagedPart{s, 0, rows, larger(start, from), smaller(end, from + SPLIT), nullptr}, k ? 0 : n, n);
+            }
             continue;
         }
-        for (int64_t last = rows; last > 0; last -= smaller(block, last))  // the longest first
-            for (int64_t g = 0; g < t.shared; ++g) {
-                const int64_t first = larger(0, last - block);
-                const int64_t start = larger(0, context + first - t.window + 1);
-                visit(PagedPart{s, first, last - first, g, start, context + last, nullptr}, 1, 1);
-            }
+        for (int64_t last = rows; last > 0; last -= smaller(block, last)) {  // the longest first
+            const int64_t first = larger(0, last - block), start = larger(0, context + first - t.window + 1);
+            visit(PagedPart{s, first, last - first, start, context + last, nullptr}, 1, 1);
+        }
     }
 }
+
+struct Portion {
+    PagedPart part;
+    int64_t joined;  // parts of the same rows that begin here; 0: not the first, 1: alone
+};
 
 struct PagedRoom {
     Portion* portions;
@@ -76,11 +72,10 @@ struct PagedRoom {
 
 PagedRoom paged_room(const Path* path, const Paged& t, int threads, Pieces& pieces) {
     PagedRoom out = {};
-    const int64_t group = t.heads / t.shared;
     int64_t most_rows = 0;
     parts_of(t, [&](const PagedPart& part, int64_t, int64_t of) {
         out.n += 1;
-        if (of > 1) out.n_sums += part.rows * group * (up_to(t.dim, 16) + 16);
+        if (of > 1) out.n_sums += part.rows * t.heads * (up_to(t.dim, 16) + 16);
         most_rows = larger(most_rows, part.rows);
     });
     out.own = up_to(path->serving->paged_scratch(t, most_rows), 64);
@@ -91,17 +86,16 @@ PagedRoom paged_room(const Path* path, const Paged& t, int threads, Pieces& piec
 }
 
 void paged_attention(const Path* path, const Paged& t, const PagedRoom& room, int threads) {
-    const int64_t group = t.heads / t.shared;
     float* sums = room.sums;
     int64_t n = 0;
     double work = 0;
     bool split = false;
     parts_of(t, [&](PagedPart part, int64_t joined, int64_t of) {
-        if (of > 1) part.sums = sums, sums += part.rows * group * (up_to(t.dim, 16) + 16), split = true;
+        if (of > 1) part.sums = sums, sums += part.rows * t.heads * (up_to(t.dim, 16) + 16), split = true;
         room.portions[n++] = {part, joined};
         work += double(part.rows) * double(part.last - part.first);
     });
-    if (work * double(group * t.dim) < 1 << 16) threads = 1;
+    if (work * double(t.heads * t.dim) < 1 << 16) threads = 1;
     each([&](int64_t at, int64_t thread) {
         path->serving->paged(t, room.portions[at].part, room.scratch + thread * room.own);
     }, n, threads);
