@@ -217,7 +217,7 @@ def answer(lab: Lab, c: Any) -> Plain:
 def _key(lab: Lab, c: Any) -> Any:
     lesson: Lesson | None = lab.lesson
     state = (lesson.rank, lesson.rate, lesson.done) if lesson is not None and c.adapter == LESSON else None
-    return c, state
+    return c.model_dump_json(), state
 
 
 def _continue(model: Model, c: Any) -> str:

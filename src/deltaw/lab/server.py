@@ -54,7 +54,7 @@ def shown(lab: Lab, picture: Picture, given: Mapping[str, Any]) -> Plain:
     if picture.act is not None:  # it shows where something live stands
         with lab.lock:
             return picture.compute(lab, chosen)
-    return lab.keep((picture.number, chosen), lambda: picture.compute(lab, chosen))
+    return lab.keep((picture.number, chosen.model_dump_json()), lambda: picture.compute(lab, chosen))
 
 
 def make_app(base: str | Lab, adapters: Mapping[str, Path] | None = None, host: str = "127.0.0.1") -> FastAPI:

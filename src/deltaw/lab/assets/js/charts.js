@@ -64,6 +64,10 @@ export function chart(label, options) {
   const drawn = Plot.plot({ width, marginBottom: 48, style: { background: "transparent", fontSize: "13px" }, ...options, x });
   for (const style of drawn.querySelectorAll("style")) style.remove();
   const svg = drawn.tagName.toLowerCase() === "svg" ? drawn : drawn.querySelector("svg");
+  for (const part of svg.querySelectorAll("[aria-label], [aria-description]")) { // one picture, with one name
+    part.removeAttribute("aria-label");
+    part.removeAttribute("aria-description");
+  }
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", label);
   return make("div", { class: "chart" }, drawn);
