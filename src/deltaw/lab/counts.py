@@ -69,7 +69,7 @@ def efficiency(lab: Lab, c: Any) -> Plain:
         row["adapter"] += trained.get(name, 0)
     full, adapter = lab.sizes[c.model], sum(trained.values())
     rest = full - sum(row["full"] for row in rows.values())
-    rows["others"] = {"role": "embedding, head, norms", "maps": 0, "full": rest, "adapter": 0}
+    rows["others"] = {"role": "the rest", "maps": 0, "full": rest, "adapter": 0}
     return {
         "numbers": [
             number("full", "numbers in the model", full),

@@ -16,7 +16,7 @@ WORDS: dict[int, Words] = {
     ),
     2: Words(
         "Parameter efficiency",
-        "The grey bars do not move with the rank; the orange ones are far shorter (mind the scale: powers of ten).",
+        "The grey bars do not move with the rank; the orange ones are far shorter. The scale is in powers of ten.",
         "LoRA trains r (in + out) numbers at each linear map; grouped-query attention makes k and v narrower",
         "A 7B model needs about four million numbers at rank 8, wherever they sit.",
         "It depends on the targets: q and v alone are 4,194,304 on Llama-2-7B; all seven maps are 19,988,480.",
@@ -107,7 +107,7 @@ WORDS: dict[int, Words] = {
     12: Words(
         "Where methods live",
         "Switch methods on and see where their numbers sit: beside matrices, behind a half, in front of the sequence.",
-        "LoRA r (in + out) a map; IA3 one number a channel; prefix 2 n d a layer; prompt n d in all",
+        "LoRA r (in + out) a map; IA3 one number a channel; prefix 2 n d a layer and what makes it; prompt n d",
         "All parameter-efficient methods are kinds of LoRA.",
         "They sit in different places. Those inside a matrix merge; a bottleneck or virtual tokens cannot.",
         "Which of them cannot be merged into the weights?",

@@ -9,8 +9,8 @@ export function draw2(data) {
   return [
     legend([["base, frozen", css("grey")], ["LoRA", css("orange")]]),
     chart(`Numbers in ${data.model} and in its adapter by kind of linear map, on a scale of powers of ten`, {
-      height: 80 + 34 * rows.length, marginLeft: 175, marginRight: 60,
-      x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: 5, clamp: true },
+      height: 80 + 34 * rows.length, marginLeft: 80, marginRight: 60,
+      x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: [1e3, 1e6, 1e9, 1e12], clamp: true },
       y: { type: "band", domain: rows, label: null, padding: 0.15 },
       marks: [
         ...[["full", "grey", -7], ["adapter", "orange", 7]].flatMap(([key, colour, dy]) => [
@@ -91,7 +91,7 @@ export function draw8(data) {
       marks: [
         Plot.lineY(data.curve, { x: "rank", y: "share", stroke: css("blue"), strokeWidth: 2.5 }),
         Plot.dot([data], { x: "rank", y: "share", r: 7, fill: css("orange") }),
-        Plot.text([data], { x: "rank", y: "share", text: (d) => `r = ${d.rank}: ${(100 * d.share).toFixed(2)} %`, dy: -16 }),
+        Plot.text([data], { x: "rank", y: "share", text: (d) => `r = ${d.rank}: ${(100 * d.share).toFixed(2)} %`, dx: 10, dy: 16, textAnchor: "start" }),
       ],
     }),
   ];
@@ -110,11 +110,11 @@ export function draw11(data) {
       y: { label: null, domain: data.bars.map((b) => b.method) },
       marks: [
         Plot.barX(parts, Plot.stackX({ x: "gb", y: "method", fill: (d) => colour[d.cause], order: shown, z: "cause" })),
-        Plot.text(data.bars, { x: (d) => d.peak / 1e9, y: "method", text: (d) => bytes(d.peak), dx: 5, textAnchor: "start" }),
         Plot.ruleX(cards, { stroke: css("text"), strokeDasharray: "4 3", strokeWidth: 1.5 }),
-        Plot.text(cards, { x: (d) => d, frameAnchor: "top", text: (d) => `${d} GB`, dy: -16 }),
+        Plot.text(data.bars, { x: (d) => d.peak / 1e9, y: "method", text: (d) => bytes(d.peak), dx: 5, textAnchor: "start", stroke: css("page"), fill: css("text"), strokeWidth: 6 }),
+        Plot.text(cards, { x: (d) => d, frameAnchor: "top", text: (d) => `${d}`, dy: -16 }),
       ],
     }),
-    make("p", { class: "flow" }, data.bars.map((b) => `${b.method}: ${b.dtype}, peak at ${b.moment}`).join("; ")),
+    make("p", { class: "flow" }, `Dashed: single GPUs of ${data.cards.join(", ")} GB. ` + data.bars.map((b) => `${b.method}: ${b.dtype}, peak at ${b.moment}`).join("; ")),
   ];
 }
