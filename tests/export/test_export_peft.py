@@ -76,6 +76,14 @@ def test_export_peft_lists_what_peft_cannot_say(spec, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_export_peft_refuses_nan(tmp_path):
+    adapter = noisy(save_base(tmp_path / "base", "llama"), Lora(rank=3, alpha=5))
+    adapter.sites["model.layers.0.mlp.up_proj"]["B"][1, 2] = float("nan")
+    with pytest.raises(AdapterError, match=r"NaN or Inf in model\.layers\.0\.mlp\.up_proj:B: take"):
+        deltaw.export_peft(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_peft_has_an_answer_for_every_method():
     assert {m.name for m in METHODS} - {"full"} == {s.name for s in SAID} | {s.name for s, _ in NOT_SAID}
 

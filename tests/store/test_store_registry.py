@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError, DeltawError, NotFound, RegistryError, WorkFailed
 from deltaw.store import leases
 from deltaw.store.gate import Gate, last_object
+from deltaw.store.index import Index, sqlite_url
 from deltaw.store.index import labels as labels_table
 from deltaw.store.objects import MANIFEST
 from deltaw.store.peft import CONFIG, OURS, TENSORS, read_adapter, write_adapter
@@ -334,6 +336,10 @@ def test_store_registry_another_or_a_lost_index_is_refused(three, tmp_path):
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"
     Registry(tmp_path / "split", index=elsewhere, create=True).add("a", tiny(1))
     assert Registry(tmp_path / "split", index=elsewhere).resolve("a@1").id == tiny(1).id
+    with pytest.raises(RegistryError, match="holds 1 adapters of another registry"):
+        Registry(tmp_path / "second", index=elsewhere, create=True)
+    (tmp_path / "split" / "registry.json").unlink()  # lost, or its making was killed: it is made again
+    assert Registry(tmp_path / "split", index=elsewhere, create=True).resolve("a@1").id == tiny(1).id
     with pytest.raises(RegistryError, match="a database elsewhere: give its URL"):
         Registry(tmp_path / "split")
     shutil.copy(other.root / "index.sqlite", tmp_path / "elsewhere.sqlite")
@@ -344,6 +350,19 @@ def test_store_registry_another_or_a_lost_index_is_refused(three, tmp_path):
         Registry(other.root)
     with pytest.raises(RegistryError, match="index cannot be opened"):
         Registry(tmp_path / "odd", index="nonsense://x", create=True)
+
+
+def test_store_registry_a_failing_index_says_what_to_do(three):
+    index = three.root / "index.sqlite"
+    with sqlite3.connect(index) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = index.read_bytes()
+    for broken in (whole[: len(whole) // 3], b"no database at all" * 400):
+        index.write_bytes(broken)
+        with pytest.raises(WorkFailed, match=r"failed: .*\. Restore it from a copy; objects/ is untouched\."):
+            Registry(three.root).listing()
+    with pytest.raises(WorkFailed, match=r"unable to open database file\. Whoever uses a registry must be able to"):
+        Index(sqlite_url(three.root / "absent")).token()
 
 
 # Gates ----------------------------------------------------------------------------------------------

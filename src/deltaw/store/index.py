@@ -37,6 +37,13 @@ from sqlalchemy.pool import NullPool
 from deltaw.errors import RegistryError, WorkFailed
 
 BUSY_S = 60
+_MEND = "Restore it from a copy; objects/ is untouched."
+_SHARE = "Whoever uses a registry must be able to write to its folder, also to read."
+_SPACE = "Is there space left? Free some and run again."
+_TODO = {  # what to do about SQLite's own sentences
+    "malformed": _MEND, "not a database": _MEND, "unable to open": _SHARE, "readonly": _SHARE, "is full": _SPACE,
+    "disk I/O error": _SPACE, "is locked": f"Another process has held it for {BUSY_S} s: run again.",
+}  # fmt: skip
 TABLES = MetaData()
 _ID = String(64)
 _NAME = String(100)
@@ -166,7 +173,8 @@ class Index:
             yield
         except (DatabaseError, InterfaceError) as problem:
             cause = str(problem.orig or problem).splitlines()[0]
-            raise WorkFailed(f"The registry's index ({self.shown}) failed: {cause}.") from problem
+            todo = next((f" {what}" for sign, what in _TODO.items() if sign in cause), "")
+            raise WorkFailed(f"The registry's index ({self.shown}) failed: {cause}.{todo}") from problem
 
 
 def now() -> str:

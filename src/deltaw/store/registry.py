@@ -71,10 +71,23 @@ class Registry:
             if (self.root / MARK).is_file():
                 return  # another process was faster
             token = self.index.create(uuid.uuid4().hex)
+            self._refuse_anothers()
             mark = {"format": 1, "token": token, "index": "elsewhere" if is_elsewhere else "sqlite"}
             write_text(self.root / MARK, json.dumps(mark) + "\n")
             for path in self.root.glob(f"{left}*"):
                 path.unlink()
+
+    def _refuse_anothers(self) -> None:
+        """Raise RegistryError when the index holds adapters and this folder none of them: it is another registry's."""
+        from deltaw.store.objects import object_ids
+
+        with self.index.reading() as db:
+            held = set(db.scalars(select(adapters.c.id)))
+        if held and not held & object_ids(self.root):
+            raise RegistryError(
+                f"The index {self.index.shown} holds {len(held)} adapters of another registry, and {self.root} none of "
+                "them: give that registry's folder, or another database."
+            )
 
     def _check(self, is_elsewhere: bool) -> None:
         """Raise RegistryError unless the index is the one that belongs here: with another, gc would clear the store."""
