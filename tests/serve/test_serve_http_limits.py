@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,7 +18,8 @@ from made_servers import running
 from deltaw.errors import NotFound, ServeError
 from deltaw.serve.keys import add_key, hash_admin_key, read_keys, remove_key
 from deltaw.serve.limits import Admission
-from deltaw.serve.server import is_loopback
+from deltaw.serve.logs import JsonLines, Lines
+from deltaw.serve.server import greeting, hosts_of, is_loopback
 from deltaw.serve.settings import ServerSettings
 
 LONG = {"model": "tiny", "prompt": "abc", "max_tokens": 450, "temperature": 0, "ignore_eos": True}
@@ -223,6 +225,45 @@ def test_serve_http_room_is_counted_and_given_back_once():
     assert [is_loopback(h) for h in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "0.0.0.0", "10.0.0.1", "box")] == [
         True, True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_serve_http_a_server_says_who_can_reach_it(made, tmp_path, http):
+    from deltaw.cli.serve import require_extra
+
+    serving = http.app.state.serving
+    assert greeting("127.0.0.1", 80, serving) == ["serving tiny at http://127.0.0.1:80/v1"]
+    assert "WITHOUT A KEY" in greeting("0.0.0.0", 80, serving)[0]
+    assert greeting("::1", 80, serving) == ["serving tiny at http://[::1]:80/v1"]
+    with pytest.raises(ServeError, match=r"no_such_package.*deltaw\[serve\]"):
+        require_extra(("json", "no_such_package"))
+
+
+def test_serve_http_names_of_others_are_not_answered(made):
+    hosts = hosts_of("127.0.0.1", ["Box.local"], has_keys=False)
+    assert hosts_of("127.0.0.1", [], has_keys=True) is None
+    assert hosts_of("0.0.0.0", [], has_keys=False) is None
+    with running(made, ServerSettings(hosts=hosts)) as server, server.client() as client:
+        for good in ("127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000", "box.local"):
+            assert client.get("/v1/models", headers={"Host": good}).status_code == 200, good
+        for bad in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:1"):
+            answer = client.get("/v1/models", headers={"Host": bad})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (421, "unknown_host"), bad
+
+
+def test_serve_http_a_dead_engine_is_not_healthy(made):
+    with running(made) as server, server.client() as client:
+        assert client.get("/health").status_code == 200
+        server.served.engine.close()
+        assert client.get("/health").status_code == 503
+        answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
+
+
+def test_serve_http_a_path_cannot_write_log_lines():
+    record = logging.LogRecord("deltaw.serve", logging.INFO, "", 0, "request", None, None)
+    record.told = {"path": "/a\n2026 info request status=200", "status": 404}
+    assert Lines().format(record).endswith('request path="/a\\n2026 info request status=200" status=404')
+    assert json.loads(JsonLines().format(record))["path"] == record.told["path"]
 
 
 def test_serve_http_a_process_drains_on_sigterm(made, tmp_path):

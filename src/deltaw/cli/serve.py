@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from deltaw.store.registry import Registry
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
-MB = 2**20
 
 
 def require_extra(modules: tuple[str, ...]) -> None:
@@ -55,6 +54,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; another than loopback lets others in.")
     ] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name (Host) by which it may be called on loopback; repeatable.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     dtype: DtypeOption = "auto",
     format: FormatOption = "dense",
@@ -84,12 +86,14 @@ def serve(
     """Serve a base with any number of adapters over HTTP, as OpenAI's API."""
     require_extra(NEEDED)
     from deltaw.serve.keys import hash_admin_key
+    from deltaw.serve.server import hosts_of
     from deltaw.serve.settings import ServerSettings
 
     settings = ServerSettings(
         max_body_bytes=max_body_kb * 1024, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens,
         max_sequences=max_sequences, max_queue=max_queue, drain_s=drain_s, keys_file=api_keys,
         admin_sha256=None if admin_key is None else hash_admin_key(admin_key), adapter_roots=tuple(adapter_root or ()),
+        hosts=hosts_of(host, allow_host or (), has_keys=api_keys is not None),
     )  # fmt: skip
     given = parse_given(adapter or [])
     kept = open_registry(registry) if registry is not None or registry_default() else None
@@ -97,9 +101,8 @@ def serve(
     from deltaw.model.base import load_base
 
     model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, device=device)
-    sizes = kv_mb * MB, host_mb * MB, adapters_mb * MB
     own = name_of(base, name, model.fingerprint and model.fingerprint.name)
-    _run(model, own, kept, given, settings, sizes, (host, port), json_logs=json_logs)
+    _run(model, own, kept, given, settings, (kv_mb, host_mb, adapters_mb), (host, port), json_logs=json_logs)
 
 
 def _run(
@@ -113,15 +116,16 @@ def _run(
     *,
     json_logs: bool,
 ) -> None:
-    """Serve until a signal. sizes: bytes for keys and values, adapters read, adapters in the engine."""
+    """Serve until a signal. sizes: MB for keys and values, adapters that were read, adapters in the engine."""
     from deltaw.serve.app import make_app
     from deltaw.serve.engine import Engine
     from deltaw.serve.logs import set_up_logs
     from deltaw.serve.served import Served
     from deltaw.serve.server import make_server, run_server
 
-    engine = Engine(model, kv_bytes=sizes[0], max_sequences=settings.max_sequences)
-    served = Served(model, engine, name, registry, settings.adapter_roots, sizes[1], sizes[2])
+    kv, read, active = (mb * 2**20 for mb in sizes)
+    engine = Engine(model, kv_bytes=kv, max_sequences=settings.max_sequences)
+    served = Served(model, engine, name, registry, settings.adapter_roots, read, active)
     for short, path in given:
         served.give(short, path)
     set_up_logs(json_logs)

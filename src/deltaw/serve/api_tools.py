@@ -19,10 +19,11 @@ router = APIRouter()
 admin_router = APIRouter()
 
 
-@router.get("/health")
-async def health() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "ok"}
+@router.get("/health", responses={503: {"description": "The engine's thread has ended: restart the process."}})
+async def health(request: Request) -> JSONResponse:
+    """The process answers, and its engine runs."""
+    alive = request.app.state.serving.served.engine.is_alive
+    return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
 
 @router.get("/ready", responses={503: {"description": "It is shutting down."}})

@@ -258,6 +258,11 @@ class Engine:
         waiting = len(s.waiting) + len(self._arrived)
         return Stats(len(s.running), waiting, used, total, self._tokens_total, s.preemptions, s.prefix_hits)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs: a dead one answers nobody."""
+        return self._thread.is_alive()
+
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, let those that are here run for `drain_s` seconds at most, cancel the rest, and stop.
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import TextIO
+
+_PLAIN = re.compile(r"[!-~]*")
+
+
+def _plain(value: object) -> str:
+    """A value that cannot break a line or look like another: a path may hold any character."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class Lines(logging.Formatter):
@@ -15,7 +24,7 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One record."""
         told = getattr(record, "told", {})
-        text = " ".join([record.getMessage(), *(f"{k}={v}" for k, v in told.items())])
+        text = " ".join([record.getMessage(), *(f"{k}={_plain(v)}" for k, v in told.items())])
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return f"{_when(record)} {record.levelname.lower()} {text}"

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -128,6 +128,16 @@ def make_server(app: FastAPI, host: str, port: int) -> DrainingServer:
     return DrainingServer(config, serving)
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ...] | None:
+    """The Host headers that a server takes: loopback's without keys, and `more`; None: any, with keys or from outside."""
+    if has_keys or not is_loopback(host):
+        return None
+    return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     if host == "localhost":
@@ -138,14 +148,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def greeting(host: str, port: int, serving: Serving) -> list[str]:
+    """What a server says as it starts: who can reach it, and where."""
+    lines = []
+    if not is_loopback(host):
+        keyed = "with a key" if serving.keys is not None else "WITHOUT A KEY: give --api-keys, or use 127.0.0.1"
+        lines.append(f"listening on {host}: whoever reaches this machine can use the server {keyed}")
+    shown = f"[{host}]" if ":" in host else host
+    return [*lines, f"serving {serving.served.base_name} at http://{shown}:{port}/v1"]
+
+
 def run_server(server: DrainingServer, say: Callable[[str], None]) -> None:
     """Serve until a signal; then the engine lets go of what is left, and threads end."""
     serving = server.serving
-    host, port = server.config.host, server.config.port
-    if not is_loopback(host):
-        keyed = "with a key" if serving.keys is not None else "WITHOUT A KEY: give --api-keys, or use 127.0.0.1"
-        say(f"listening on {host}: whoever reaches this machine can use the server {keyed}")
-    say(f"serving {serving.served.base_name} at http://{host}:{port}/v1")
+    for line in greeting(server.config.host, server.config.port, serving):
+        say(line)
     try:
         server.run()
     finally:

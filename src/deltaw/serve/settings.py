@@ -21,6 +21,8 @@ class ServerSettings:
     drain_s            after SIGTERM, requests that run have so long to end
     keys_file          who may use the server (deltaw keys); None: anyone who reaches it
     admin_sha256       SHA-256 (hex) of the key for loading and unloading; None: these routes are not there
+    hosts              what the Host header may name, without port; None: anything. Where no key is asked for, this
+                       keeps web pages from reaching a server on loopback under a name of theirs (DNS rebinding)
     adapter_roots      folders from which adapters may be loaded by request
     """
 
@@ -38,4 +40,5 @@ class ServerSettings:
     drain_s: float = 30.0
     keys_file: Path | None = None
     admin_sha256: str | None = None
+    hosts: tuple[str, ...] | None = None
     adapter_roots: tuple[Path, ...] = ()

@@ -21,6 +21,7 @@ from deltaw.serve.serving import LOG, Serving
 OPEN = ("/health", "/ready", "/metrics")  # no key is asked for: they hold no names and no texts
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PORT = re.compile(r":\d+$")
 _JSON = re.compile(r"application/(?:[\w.-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
 
@@ -61,6 +62,7 @@ class Wire:
         scope.setdefault("state", {})
         scope["state"] |= {"request_id": watched.request_id, "note": watched.note}
         path = scope["path"]
+        self._check_host(headers)
         key = None if path in OPEN else self._key(path, headers)
         scope["state"]["key"] = key
         watched.note |= {} if key is None else {"key": key.name}
@@ -69,6 +71,14 @@ class Wire:
         if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             receive = await self._with_body(scope, headers, receive)
         await self.app(scope, receive, watched.send)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Raise the refusal 421 for a Host that this server is not called by."""
+        hosts = self.serving.settings.hosts
+        named = _PORT.sub("", headers.get("host", "")).lower()
+        if hosts is not None and named not in hosts:
+            message = f"This server is not called {named[:100]!r}: use {hosts[0]}, or start it with --allow-host."
+            raise refused(421, message, "unknown_host")
 
     def _key(self, path: str, headers: Headers) -> Key | None:
         """Who asks. Raises the refusals 401, 403 and 404."""
