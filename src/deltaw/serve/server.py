@@ -132,7 +132,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ...] | None:
-    """The Host headers that a server takes: loopback's without keys, and `more`; None: any, with keys or from outside."""
+    """The Host headers that a server takes: loopback's and `more`; None: any, with keys or from outside."""
     if has_keys or not is_loopback(host):
         return None
     return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))
