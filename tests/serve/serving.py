@@ -13,13 +13,14 @@ from deltaw.model.generate import generate
 from deltaw.model.model import Model
 from deltaw.model.quantised import Format, quantise_network
 from deltaw.serve.engine import Engine
+from deltaw.serve.fast import make_runner
 from deltaw.serve.runner import GenericRunner
 from deltaw.serve.types import Output, Request, Sampling
 from models import make_net, make_tokenizer, randomise
 
 END = 2
 ALL = "all-linear"
-RUNNERS = [GenericRunner]
+RUNNERS = [GenericRunner, make_runner]
 METHODS: dict[str, MethodSpec] = {
     "lora": Lora(rank=3, alpha=5, targets=ALL),
     "rslora": Lora(rank=7, alpha=3, rslora=True, bias="all", targets=ALL),

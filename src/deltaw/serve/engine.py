@@ -18,9 +18,10 @@ from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
 from deltaw.model.paged import cache_shapes
 from deltaw.model.resident import Resident, settle
+from deltaw.serve.fast import make_runner
 from deltaw.serve.grammar import Grammars
 from deltaw.serve.pages import PAGE_TOKENS, Pages
-from deltaw.serve.runner import GenericRunner, Runner
+from deltaw.serve.runner import Runner
 from deltaw.serve.sampler import Choice, Chooser, check_sampling, choose
 from deltaw.serve.scheduler import Scheduler, Sequence, batch_of
 from deltaw.serve.text import TextStream
@@ -63,7 +64,7 @@ class Engine:
     kv_bytes       bytes of keys and values of all sequences
     max_sequences  at most so many run at once; others wait
     chunk_tokens   at most so many tokens of prompts are computed in one step, beside every running answer's next one
-    make_runner    what computes steps (serve/runner.py)
+    make_runner    what computes steps: one native call where the base allows it (serve/fast.py), else its own code
 
     Raises BaseError for a base that cannot be served, AdapterError for one with adapters in it.
     """
@@ -75,7 +76,7 @@ class Engine:
         kv_bytes: int = 1 << 30,
         max_sequences: int = 256,
         chunk_tokens: int = 512,
-        make_runner: Callable[[Model, Pages], Runner] = GenericRunner,
+        make_runner: Callable[[Model, Pages], Runner] = make_runner,
     ) -> None:
         if model.kind != "causal":
             raise BaseError(f"Only models that go on with a text are served; this is {model.kind!r}.")

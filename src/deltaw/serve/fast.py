@@ -65,7 +65,7 @@ class FastRunner:
         self._turns = _Turns(self._body.rotary_emb)
         self._worn: dict[str, WornOf] = {}
         self._plain: dict[str, str] = {}
-        self._logits = torch.empty(0)
+        self._logits = torch.empty(0, self._stepper.net.head.shape[0])
 
     def add(self, key: str, resident: Resident) -> None:
         """Make an adapter usable under `key`, which segments name."""

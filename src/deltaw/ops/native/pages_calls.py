@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ class _Dense(ctypes.Structure):
 
 
 class _Paged(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in ("q", "o", "keys", "values", "bounds", "contexts", "tables")] + [
+    _fields_: ClassVar[list[Any]] = [
+        (name, _pointer) for name in ("q", "o", "keys", "values", "bounds", "contexts", "tables")
+    ] + [
         (name, _i64)
         for name in ("sequences", "width", "heads", "shared", "dim", "window", "o_stride", "q_stride")
     ] + [("scale", ctypes.c_float), ("dtype", _i32), ("type", _i32), ("out_type", _i32)]  # fmt: skip
@@ -111,7 +114,7 @@ def _check(q: Tensor, new: tuple[Tensor, Tensor], pages: tuple[Tensor, Tensor], 
     n_pages, shared = pages[0].shape[0], pages[0].shape[2]
     if q.dtype not in (torch.float32, torch.bfloat16) or not 1 <= dim <= WIDEST or not shared or heads % shared:
         raise ShapeError(f"attention of {heads} heads of {dim} {q.dtype} on {shared} key-value heads is not possible.")
-    wanted = [(q, (rows, heads, dim)), (o, (rows, heads, dim))]
+    wanted: list[tuple[Tensor, tuple[int, ...]]] = [(q, (rows, heads, dim)), (o, (rows, heads, dim))]
     wanted += [(t, (rows, shared, dim)) for t in new] + [(t, (n_pages, PAGE, shared, dim)) for t in pages]
     for t, shape in wanted:
         if t.shape != shape or t.dtype != q.dtype or not t.is_contiguous() or not t.is_cpu:

@@ -223,10 +223,10 @@ class Stepper:
         heads = (net.heads + 2 * net.shared) * net.dim
         sizes = {"inputs": (heads, net.width), "output": (net.width, net.heads * net.dim)}
         sizes |= {"gates": (2 * net.inner, net.width), "down": (net.width, net.inner)}
-        for group, (out, cols) in sizes.items():
+        for group, (wide, cols) in sizes.items():
             found = [m.shape for m in layer.maps[group]]
-            if sum(o for o, _ in found) != out or any(c != cols for _, c in found) or len(found) not in (1, 2, 3):
-                raise ShapeError(f"{group} of {found} do not make {out} of {cols} features.")
+            if sum(o for o, _ in found) != wide or any(c != cols for _, c in found) or len(found) not in (1, 2, 3):
+                raise ShapeError(f"{group} of {found} do not make {wide} of {cols} features.")
         for held in layer.pages:
             if held.shape[1:] != (PAGE, net.shared, net.dim) or held.dtype != net.dtype or not held.is_contiguous():
                 raise ShapeError(f"pages of {list(held.shape)} {held.dtype} are not those of this network.")
