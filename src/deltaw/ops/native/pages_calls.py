@@ -24,10 +24,14 @@ PADDING = 32
 _pointer, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
+def fields(**kinds: str) -> list[tuple[str, Any]]:
+    """Fields of a structure, in order: pointers, sizes (int64), floats (float32) and ints (int32), named in a string."""
+    types = {"pointers": _pointer, "sizes": _i64, "floats": ctypes.c_float, "ints": _i32}
+    return [(name, types[kind]) for kind, names in kinds.items() for name in names.split()]
+
+
 class _Dense(ctypes.Structure):
-    _fields_ = [("w", _pointer), ("x", _pointer), ("y", _pointer)] + [
-        (name, _i64) for name in ("rows", "cols", "n", "x_stride", "y_stride")
-    ] + [("dtype", _i32), ("type", _i32)]  # fmt: skip
+    _fields_ = fields(pointers="w x y", sizes="rows cols n x_stride y_stride", ints="dtype type")
 
 
 class _Paged(ctypes.Structure):

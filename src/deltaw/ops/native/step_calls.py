@@ -16,27 +16,22 @@ from deltaw.errors import ShapeError
 from deltaw.ops.native.calls import DTYPES, Packed
 from deltaw.ops.native.elementwise_calls import ACTS
 from deltaw.ops.native.library import running
-from deltaw.ops.native.pages_calls import PAGE, check_places
+from deltaw.ops.native.pages_calls import PAGE, check_places, fields
 
 GROUPS = ("inputs", "output", "gates", "down")
 """A layer's maps by what they read: the normed rows, attention, the normed rows, the gated rows."""
 
 NET_ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3}
 
-_pointer, _i64, _i32, _f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-def _fields(**kinds: str) -> list[tuple[str, Any]]:
-    names = {"pointers": _pointer, "sizes": _i64, "floats": _f32, "ints": _i32}
-    return [(name, names[kind]) for kind, all_names in kinds.items() for name in all_names.split()]
+_pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = _fields(pointers="dense packed bias", sizes="rows cols")
+    _fields_ = fields(pointers="dense packed bias", sizes="rows cols")
 
 
 class _Change(ctypes.Structure):
-    _fields_ = _fields(pointers="b out_gain in_gain bias", sizes="rank")
+    _fields_ = fields(pointers="b out_gain in_gain bias", sizes="rank")
 
 
 class _Changes(ctypes.Structure):
@@ -44,7 +39,7 @@ class _Changes(ctypes.Structure):
 
 
 class _Net(ctypes.Structure):
-    _fields_ = _fields(pointers="down up down_bias up_bias", sizes="m", floats="scale", ints="act parallel")
+    _fields_ = fields(pointers="down up down_bias up_bias", sizes="m", floats="scale", ints="act parallel")
 
 
 class _Worn(ctypes.Structure):
@@ -52,13 +47,13 @@ class _Worn(ctypes.Structure):
 
 
 class _Segment(ctypes.Structure):
-    _fields_ = _fields(pointers="worn head", sizes="first last")
+    _fields_ = fields(pointers="worn head", sizes="first last")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("inputs", _Linear * 3), ("output", _Linear), ("gates", _Linear * 2), ("down", _Linear),
-        *_fields(
+        *fields(
             pointers="norm gate_norm q_norm k_norm keys values", sizes="n_inputs n_gates window",
             floats="eps gate_eps head_eps", ints="unused",
         ),
@@ -67,11 +62,11 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *_fields(
+        *fields(
             pointers="layers segments head_segments bounds contexts slots wanted tables cos sin hidden logits room"
         ),
         ("head", _Linear), ("norm", _pointer),
-        *_fields(
+        *fields(
             sizes="n_layers n_segments n_head_segments n n_wanted sequences width d f heads shared dim turned",
             floats="eps scale", ints="dtype act",
         ),
@@ -231,7 +226,7 @@ class Stepper:
             if held.shape[1:] != (PAGE, net.shared, net.dim) or held.dtype != net.dtype or not held.is_contiguous():
                 raise ShapeError(f"pages of {list(held.shape)} {held.dtype} are not those of this network.")
         (norm, eps), (gate_norm, gate_eps) = layer.norms
-        out = _Layer(
+        made = _Layer(
             output=self._linear(layer.maps["output"][0]), down=self._linear(layer.maps["down"][0]),
             norm=self._gain(norm, net.width), gate_norm=self._gain(gate_norm, net.width), eps=eps, gate_eps=gate_eps,
             keys=layer.pages[0].data_ptr(), values=layer.pages[1].data_ptr(), n_inputs=len(layer.maps["inputs"]),
@@ -239,11 +234,11 @@ class Stepper:
         )  # fmt: skip
         for name in ("inputs", "gates"):
             for i, m in enumerate(layer.maps[name]):
-                getattr(out, name)[i] = self._linear(m)
+                getattr(made, name)[i] = self._linear(m)
         if layer.head_norms is not None:
-            q, k, out.head_eps = layer.head_norms
-            out.q_norm, out.k_norm = self._gain(q, net.dim), self._gain(k, net.dim)
-        return out
+            q, k, made.head_eps = layer.head_norms
+            made.q_norm, made.k_norm = self._gain(q, net.dim), self._gain(k, net.dim)
+        return made
 
     def _linear(self, m: MapOf) -> _Linear:
         rows, cols = m.shape
