@@ -54,6 +54,7 @@ def test_lab_live_the_norm_of_b_a_is_exactly_zero_at_step_0(fresh: Bench):
     assert texts(plain)["norm"] == "0 (exactly)"
     assert plain["data"]["norms"] == [[0.0, 0.0]]
     assert numbers(plain)["a_norm"] > 1
+    assert fresh.act(9)["numbers"] == plain["numbers"]
     lesson = fresh.lab.lesson
     fresh.lab.model.use(None)
     ids = torch.tensor([lesson.examples[0].input_ids])
@@ -86,6 +87,12 @@ def test_lab_live_a_get_trains_nothing(fresh: Bench):
     plain = fresh(9, step=5)
     assert plain["data"]["done"] == 0
     assert numbers(plain)["step"] == 0
+    assert fresh.lab.lesson is None
+    fresh.act(9, step=2)
+    fresh(9, step=0, rank=3)
+    assert (fresh.lab.lesson.rank, fresh.lab.lesson.done) == (8, 2), "looking at other settings drops nothing"
+    assert list(fresh.lab.model.adapters) == ["lesson"]
+    assert fresh.act(9, step=3)["data"]["done"] == 3
 
 
 def test_lab_live_the_lesson_is_the_recipe_that_train_would_run(fresh: Bench):
@@ -131,7 +138,7 @@ def test_lab_live_the_base_alone_cannot_be_merged(fresh: Bench):
         fresh.act(10, adapter="base", merged=True)
 
 
-@pytest.mark.parametrize("name", ["base", "lesson", "a b", ""])
+@pytest.mark.parametrize("name", ["base", "lesson", "peek", "a b", ""])
 def test_lab_live_names_that_adapters_cannot_have_are_refused(tiny_folder: Path, name: str):
     with pytest.raises(BadInput, match="cannot be called"):
         Lab(str(tiny_folder), {name: tiny_folder})

@@ -94,6 +94,8 @@ def test_lab_server_only_its_own_page_may_post(client: TestClient):
         refused = client.post("/api/pictures/9", json=given, headers=headers)
         assert refused.status_code == 403, headers
         assert "own page" in refused.json()["detail"]
+    for site in ("cross-site", "same-site"):
+        assert client.get("/api/pictures/9", headers={"sec-fetch-site": site}).status_code == 403
     form = client.post("/api/pictures/9", content='{"step": 1}', headers={**SAME, "content-type": "text/plain"})
     assert form.status_code == 403
     assert client.post("/api/pictures/9", json=given, headers=SAME).json()["data"]["done"] == 1

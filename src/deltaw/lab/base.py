@@ -24,7 +24,7 @@ KEPT, KEPT_LARGE = 512, 32
 """Results that are kept, and decomposed matrices; the oldest goes first."""
 PROMPT = "The capital of France is"
 """What the base reads where a picture needs a real input of a linear map."""
-OWN = ("base", "lesson")
+OWN = ("base", "lesson", "peek")
 """Names that a given adapter cannot have."""
 
 T = TypeVar("T")
@@ -63,7 +63,9 @@ class Lab:
         self.label = Path(base).name
         self.given = dict(adapters or {})
         if wrong := [name for name in self.given if name in OWN or not name.isidentifier()]:
-            raise BadInput(f"an adapter cannot be called {wrong[0]!r}: use letters and digits, and not base or lesson.")
+            raise BadInput(
+                f"an adapter cannot be called {wrong[0]!r}: use letters and digits, and not base, lesson or peek."
+            )
         self.say = say
         self.lock = RLock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()

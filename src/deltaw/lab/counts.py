@@ -165,7 +165,7 @@ def memory_controls(lab: Lab) -> type[Controls]:
     """Model, rank, rows of a step and their length, and whether blocks are computed again."""
     return controls(
         "Picture11",
-        model=model_control(lab, "llama-7b", (lab.label, "phi-2", "llama-7b", "llama-13b", "llama-70b")),
+        model=model_control(lab, "llama-7b", (lab.label, "llama-7b", "llama-70b")),
         rank=slider(16, 1, 256, "rank r"),
         batch=slider(4, 1, 16, "rows of a step"),
         length=choice("512", ("128", "256", "512", "1024"), "tokens of a row", ordered=True),

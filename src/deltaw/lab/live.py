@@ -34,7 +34,7 @@ from deltaw.train.step import mean_loss
 STEPS = 20
 FIRST_STEPS = 12
 """How far the lesson goes when picture 10 is the first to ask for it."""
-LESSON = "lesson"
+LESSON, PEEK = "lesson", "peek"
 ROWS = (
     {"prompt": "Colour of grass?", "completion": "green, says the lab"},
     {"prompt": "Colour of snow?", "completion": "white, says the lab"},
@@ -55,6 +55,7 @@ class Lesson:
 
     rank: int
     rate: str
+    name: str
     loop: Loop
     examples: list[Example]
     norms: list[list[float]] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Lesson:
 
     def note(self, model: Model) -> None:
         """Write down where the training stands."""
-        made = model.adapters[LESSON]
+        made = model.adapters[self.name]
         squares: dict[int, float] = {}
         for name, place in made.places.items():
             form = made.lowered(name, model.places)
@@ -93,28 +94,31 @@ def recipe_of(lab: Lab, rank: int, rate: str) -> Recipe:
     )
 
 
-def lesson_of(lab: Lab, rank: int, rate: str) -> Lesson:
-    """The lesson at these settings, at step 0 where it is new. Another one that was there is dropped."""
+def begun(lab: Lab, rank: int, rate: str, name: str) -> Lesson:
+    """A lesson at step 0, attached to the base as `name` and in use."""
+    model, recipe = lab.model, recipe_of(lab, rank, rate)
+    model.use(None)
+    examples = encode_all(read_rows(ROWS), model.tokenizer, recipe.data, model.task).examples
+    model.attach(recipe.adapter, name, trainable=True)
+    lesson = Lesson(rank, rate, name, Loop(model, examples, recipe, None), list(examples))
+    lesson.note(model)
+    return lesson
+
+
+def is_at(lab: Lab, rank: int, rate: str) -> bool:
+    """Whether the lesson that is there has these settings."""
     there: Lesson | None = lab.lesson
-    if there is not None and (there.rank, there.rate) == (rank, rate):
-        return there
-    with lab.lock:
-        model, recipe = lab.model, recipe_of(lab, rank, rate)
-        if LESSON in model.adapters:
-            model.detach(LESSON)
-        model.use(None)
-        examples = encode_all(read_rows(ROWS), model.tokenizer, recipe.data, model.task).examples
-        model.attach(recipe.adapter, LESSON, trainable=True)
-        lesson = Lesson(rank, rate, Loop(model, examples, recipe, None), list(examples))
-        lesson.note(model)
-        lab.lesson = lesson
-        return lesson
+    return there is not None and (there.rank, there.rate) == (rank, rate)
 
 
 def reach(lab: Lab, rank: int, rate: str, step: int) -> Lesson:
     """The lesson after at least `step` real steps."""
     with lab.lock:
-        lesson = lesson_of(lab, rank, rate)
+        if not is_at(lab, rank, rate):  # another one is dropped
+            if LESSON in lab.model.adapters:
+                lab.model.detach(LESSON)
+            lab.lesson = begun(lab, rank, rate, LESSON)
+        lesson: Lesson = lab.lesson
         if lesson.done < step:
             lab.model.use(LESSON)
             for _ in lesson.loop.run():
@@ -138,9 +142,17 @@ def start_controls(lab: Lab) -> type[Controls]:
 
 
 def zero_start(lab: Lab, c: Any) -> Plain:
-    """The lesson as far as it was trained, up to the step asked for."""
-    lesson = lesson_of(lab, c.rank, c.rate)
-    return _seen(lesson, min(c.step, lesson.done))
+    """The lesson as far as it was trained, up to the step asked for; at other settings, where it would begin."""
+    if is_at(lab, c.rank, c.rate):
+        return _seen(lab.lesson, min(c.step, lab.lesson.done))
+
+    def look() -> Plain:  # at step 0, without touching the lesson that is there
+        try:
+            return _seen(begun(lab, c.rank, c.rate, PEEK), 0)
+        finally:
+            lab.model.detach(PEEK)
+
+    return lab.keep(("peek", c.rank, c.rate), look)
 
 
 def step_on(lab: Lab, c: Any) -> Plain:

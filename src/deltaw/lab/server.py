@@ -113,10 +113,13 @@ def _refused(request: Request, host: str) -> str | None:
     name = urlsplit(f"//{own}").hostname or ""
     if is_loopback(host) and name not in LOCAL and not is_loopback(name):
         return f"this lab answers to names of this machine only, not to {name!r}."
+    fetched = request.headers.get("sec-fetch-site", "none")
+    if request.url.path.startswith("/api/") and fetched not in ("same-origin", "none"):
+        return "another site asks for this, and the lab answers to its own page only."
     if request.method in ("GET", "HEAD"):
         return None
     origin = request.headers.get("origin")
-    same = urlsplit(origin).netloc == own if origin else request.headers.get("sec-fetch-site") == "same-origin"
+    same = urlsplit(origin).netloc == own if origin else fetched == "same-origin"
     if not same:
         return "this request does not come from the lab's own page, and it would change something."
     if not request.headers.get("content-type", "").startswith("application/json"):

@@ -45,8 +45,8 @@ export function heatMaps(grids) {
   }));
 }
 
-export const scaleNote = (limit) => make("p", { class: "flow" },
-  `blue: negative, orange: positive; full colour at ${limit.toPrecision(2)}`);
+export const scaleNote = (grids) => make("p", { class: "flow" },
+  `blue: negative, orange: positive; full colour at ${grids.map((g) => g.limit.toPrecision(2)).join(", ")}, from left to right`);
 
 // A vector as a strip of colours, `width` pixels wide.
 export function strip(values, limit, width, label) {

@@ -10,7 +10,7 @@ export function draw2(data) {
     legend([["base, frozen", css("grey")], ["LoRA", css("orange")]]),
     chart(`Numbers in ${data.model} and in its adapter by kind of linear map, on a scale of powers of ten`, {
       height: 80 + 34 * rows.length, marginLeft: 80, marginRight: 60,
-      x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: [1e3, 1e6, 1e9, 1e12], clamp: true },
+      x: { type: "log", domain: [1e3, Math.max(...data.rows.map((r) => r.full)) * 2], label: "numbers (powers of ten)", tickFormat: short, ticks: [1e3, 1e6, 1e9].filter((t) => t < Math.max(...data.rows.map((r) => r.full))), clamp: true },
       y: { type: "band", domain: rows, label: null, padding: 0.15 },
       marks: [
         ...[["full", "grey", -7], ["adapter", "orange", 7]].flatMap(([key, colour, dy]) => [

@@ -9,7 +9,7 @@ export function draw1(data) {
   return [
     heatMaps(data.grids),
     make("p", { class: "flow" }, `B [${out}, ${r}] times A [${r}, ${data.A[1]}]; the change is made (its directions fall by a fifth each), W0 is real.`),
-    scaleNote(data.grids[0].limit),
+    scaleNote(data.grids),
   ];
 }
 
