@@ -18,7 +18,7 @@ def lab(
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8765,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="An adapter to attach beside the base; may be repeated."),

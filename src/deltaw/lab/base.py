@@ -63,9 +63,7 @@ class Lab:
         self.label = Path(base).name
         self.given = dict(adapters or {})
         if wrong := [name for name in self.given if name in OWN or not name.isidentifier()]:
-            raise BadInput(
-                f"an adapter cannot be called {wrong[0]!r}: use letters and digits, and not base, lesson or peek."
-            )
+            raise BadInput(f"an adapter cannot be called {wrong[0]!r}: use letters and digits; not base, lesson, peek.")
         self.say = say
         self.lock = RLock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()

@@ -18,7 +18,7 @@ from deltaw.data.source import Row, read_rows
 from deltaw.data.template import Example, encode_all, prompt_ids
 from deltaw.diagnose.spectrum import factor_values
 from deltaw.errors import BadInput
-from deltaw.lab.base import Lab
+from deltaw.lab.base import KEPT, Lab
 from deltaw.lab.controls import Controls, choice, controls, slider, switch, text
 from deltaw.lab.picture import Plain, number
 from deltaw.merge.bake import bake
@@ -223,6 +223,8 @@ def answer(lab: Lab, c: Any) -> Plain:
                 own = _continue(model, c)
                 model.use(None)
             answers[key] = _answered(lab, c, plain, own)
+            if len(answers) > KEPT:
+                del answers[next(iter(answers))]
         return answers[key]
 
 

@@ -1,0 +1,69 @@
+"""`deltaw lab` as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deltaw.cli.main import app
+from deltaw.errors import BadInput, DeltawError
+
+PROGRAM = [sys.executable, "-c", "from deltaw.cli.main import main; main()", "lab"]
+
+
+def test_lab_cli_serves_the_page_on_loopback(tiny_folder: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    lab = subprocess.Popen(
+        [*PROGRAM, "--base", str(tiny_folder), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                frames = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/pictures"))
+                break
+            except urllib.error.URLError:
+                assert lab.poll() is None, lab.stderr and lab.stderr.read()
+                assert time.monotonic() < until
+                time.sleep(0.2)
+        assert frames["base"] == "tiny"
+        assert len(frames["pictures"]) == 13
+    finally:
+        lab.terminate()
+        said = lab.communicate(timeout=30)[1]
+    assert f"the lab is at http://127.0.0.1:{port}/" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--adapter", "runs/first"], "write NAME=PATH"),
+        (["--adapter", "=x"], "write NAME=PATH"),
+        (["--adapter", "base=x"], "cannot be called 'base'"),
+        (["--base", "no-such-base"], "no-such-base"),
+    ],
+)
+def test_lab_cli_says_what_it_cannot_use(flags: list[str], words: str):
+    done = CliRunner().invoke(app, ["lab", *flags])
+    assert isinstance(done.exception, DeltawError)
+    assert done.exception.exit_code == 2
+    assert words in str(done.exception)
+
+
+def test_lab_cli_does_not_export_over_something(tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    done = CliRunner().invoke(app, ["lab", "--export", str(tmp_path)])
+    assert isinstance(done.exception, BadInput)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
