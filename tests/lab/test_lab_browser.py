@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 import uvicorn
+from lab_bench import Bench, texts
 
-from conftest import Bench, texts
 from deltaw.lab.controls import drawn
 from deltaw.lab.export import write_site
 from deltaw.lab.server import make_app, shown

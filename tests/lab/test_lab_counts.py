@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from lab_bench import STARTER, Bench, numbers, texts
 from typer.testing import CliRunner
 
-from conftest import STARTER, Bench, numbers, texts
 from deltaw.cli.main import app
 from deltaw.errors import TargetError
 from deltaw.lab import counts

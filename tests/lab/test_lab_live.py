@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_bench import Bench, numbers, texts
 
-from conftest import Bench, numbers, texts
 from deltaw.core.adapter import Adapter
 from deltaw.data.source import Row
 from deltaw.data.template import prompt_ids

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from lab_bench import Bench
 
-from conftest import Bench
 from deltaw.lab import pictures
 from deltaw.lab.controls import Controls, drawn
 from deltaw.lab.export import write_site

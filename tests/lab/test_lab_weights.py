@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lab_bench import Bench, numbers, texts
 
-from conftest import Bench, numbers, texts
 from deltaw.errors import BadInput
 from deltaw.formats import NF4Weight
 from deltaw.lab.lowrank import made_update

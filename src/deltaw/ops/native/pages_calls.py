@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _pointer, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 def fields(**kinds: str) -> list[tuple[str, Any]]:
-    """Fields of a structure, in order: pointers, sizes (int64), floats (float32) and ints (int32), named in a string."""
+    """Fields of a structure, in order: pointers, sizes (int64), floats (float32) and ints (int32), in one string."""
     types = {"pointers": _pointer, "sizes": _i64, "floats": ctypes.c_float, "ints": _i32}
     return [(name, types[kind]) for kind, names in kinds.items() for name in names.split()]
 
@@ -35,12 +35,12 @@ class _Dense(ctypes.Structure):
 
 
 class _Paged(ctypes.Structure):
-    _fields_: ClassVar[list[Any]] = [
-        (name, _pointer) for name in ("q", "o", "keys", "values", "bounds", "contexts", "tables")
-    ] + [
-        (name, _i64)
-        for name in ("sequences", "width", "heads", "shared", "dim", "window", "o_stride", "q_stride")
-    ] + [("scale", ctypes.c_float), ("dtype", _i32), ("type", _i32), ("out_type", _i32)]  # fmt: skip
+    _fields_ = fields(
+        pointers="q o keys values bounds contexts tables",
+        sizes="sequences width heads shared dim window o_stride q_stride",
+        floats="scale",
+        ints="dtype type out_type",
+    )
 
 
 def reads_pairs() -> bool:
