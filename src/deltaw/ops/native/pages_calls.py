@@ -25,7 +25,7 @@ _pointer, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 def fields(**kinds: str) -> list[tuple[str, Any]]:
-    """Fields of a structure, in order: pointers, sizes (int64), floats (float32) and ints (int32), in one string."""
+    """Fields of a structure, in order: pointers, sizes (int64), floats (float32) and ints (int32)."""
     types = {"pointers": _pointer, "sizes": _i64, "floats": ctypes.c_float, "ints": _i32}
     return [(name, types[kind]) for kind, names in kinds.items() for name in names.split()]
 
