@@ -179,7 +179,8 @@ def one_case(base: Path, room: Path, specs: list[Any], weights: list[float], den
         sparse = theirs not in ("linear", "cat", "svd")
         definition = theirs if sparse else "task_arithmetic"
         wanted = oracle(deltas, weights, definition, density)
-        how = {"density": density, "seed": SEED} if sparse else {}
+        how: dict[str, Any] = {"density": density} if sparse else {}
+        how |= {"seed": SEED} if ours.startswith("dare") else {}
         row: dict[str, Any] = {}
         dora = any(s.name == "dora" for s in specs)
         equal = len(set(weights)) == 1
