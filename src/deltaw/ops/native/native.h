@@ -217,7 +217,7 @@ struct Linear {  // one of the two
 
 // What an adapter makes of a map: y = out_gain (W (in_gain x) + B u) + bias, u its part of A x
 struct Change {
-    const void* b;  // [rank, rows] of the step's dtype: scale B^T
+    const void* b;  // [ceil(rows / 16), rank, 16] of the step's dtype: scale B^T in panels, zeros where they end
     const float *out_gain, *in_gain, *bias;  // null: ones, ones, the base's
     int64_t rank;
 };
@@ -290,7 +290,7 @@ struct Finish {  // what an adapter or a bias adds to columns of a map's output,
     const float* u;        // its part of A x
     const Change* change;  // or null
     const float* bias;     // the base's, or null
-    int64_t n, y_stride, u_stride, rows;
+    int64_t n, y_stride, u_stride;
     int32_t dtype;
 };
 

@@ -89,6 +89,7 @@ INLINE void corner(const typename Dot::S* w, int64_t w_stride, const typename Do
     put_sums<R, N>(sum, y, y_stride);
 }
 
+constexpr int64_t THIN_AHEAD = 2048;     // bytes of an adapter's B
 constexpr int X_ROWS = W == 16 ? 4 : 2;  // rows of x in a corner, where there are as many
 #ifndef NEAR_BYTES
 #define NEAR_BYTES 1152
@@ -196,34 +197,44 @@ void gains(const void* x, void* y, const float* gain, int64_t n, int64_t cols, i
     type == F32 ? by(Float32{}) : by(FlushedBf16{});
 }
 
-// y += u B for columns [first, last), in pieces of vectors that stay in registers over the ranks
+// y += u B for a vector of columns from c on and N rows from row i on
+template <class D, int N>
+INLINE void thin_rows(const Finish& t, const typename D::T* b, int64_t c, int64_t i) {
+    const float* u = t.u + i * t.u_stride;
+    float* y = t.y + i * t.y_stride + c;
+    F sum[N];
+    for (int r = 0; r < N; ++r) sum[r] = V::load(y + r * t.y_stride);
+    for (int64_t k = 0; k < t.change->rank; ++k) {
+        if (N == 1) V::prefetch((const uint8_t*)(b + k * PANEL) + THIN_AHEAD);
+        const F w = D::load(b, k * PANEL);
+        for (int r = 0; r < N; ++r) sum[r] = V::fma(V::set1(u[r * t.u_stride + k]), w, sum[r]);
+    }
+    for (int r = 0; r < N; ++r) V::store(y + r * t.y_stride, sum[r]);
+}
+
 template <class D>
-INLINE void thin_part(const Finish& t, int64_t first, int64_t last, int64_t rows) {
-    const auto* b = (const typename D::T*)t.change->b;
-    for (int64_t i = 0; i < t.n; i += 4) {
-        const int n = int(least(4, t.n - i));
-        const float* u = t.u + i * t.u_stride;
-        float* y = t.y + i * t.y_stride;
-        int64_t c = first;
-        for (; c + W <= last; c += W) {
-            F sum[4];
-            for (int r = 0; r < n; ++r) sum[r] = V::load(y + r * t.y_stride + c);
-            for (int64_t k = 0; k < t.change->rank; ++k) {
-                const F w = D::load(b, k * rows + c);
-                for (int r = 0; r < n; ++r) sum[r] = V::fma(V::set1(u[r * t.u_stride + k]), w, sum[r]);
-            }
-            for (int r = 0; r < n; ++r) V::store(y + r * t.y_stride + c, sum[r]);
+INLINE void thin_part(const Finish& t, int64_t first, int64_t last) {
+    const int64_t rank = t.change->rank;
+    for (int64_t c = first; c < last;) {
+        const auto* b = (const typename D::T*)t.change->b + c / PANEL * PANEL * rank + c % PANEL;
+        if (c % W == 0 && c + W <= last) {
+            int64_t i = 0;
+            for (; i + 4 <= t.n; i += 4) thin_rows<D, 4>(t, b, c, i);
+            if (i + 2 <= t.n) thin_rows<D, 2>(t, b, c, i), i += 2;
+            if (i < t.n) thin_rows<D, 1>(t, b, c, i);
+            c += W;
+            continue;
         }
-        for (; c < last; ++c)
-            for (int r = 0; r < n; ++r) {
-                float sum = y[r * t.y_stride + c];
-                for (int64_t k = 0; k < t.change->rank; ++k) {
-                    float w[W];
-                    read_floats<D>(b, k * rows + c, 1, w);
-                    sum += u[r * t.u_stride + k] * w[0];
-                }
-                y[r * t.y_stride + c] = sum;
+        for (int64_t i = 0; i < t.n; ++i) {
+            float sum = t.y[i * t.y_stride + c];
+            for (int64_t k = 0; k < rank; ++k) {
+                float w[W];
+                read_floats<D>(b, k * PANEL, 1, w);
+                sum += t.u[i * t.u_stride + k] * w[0];
             }
+            t.y[i * t.y_stride + c] = sum;
+        }
+        c += 1;
     }
 }
 
@@ -231,7 +242,7 @@ void finish(const Finish& t, int64_t first, int64_t last) {
     const float *gain = nullptr, *bias = t.bias;
     if (t.change) {
         if (t.change->b)
-            t.dtype == F32 ? thin_part<Float32>(t, first, last, t.rows) : thin_part<BFloat16>(t, first, last, t.rows);
+            t.dtype == F32 ? thin_part<Float32>(t, first, last) : thin_part<BFloat16>(t, first, last);
         gain = t.change->out_gain;
         if (t.change->bias) bias = t.change->bias;
     }

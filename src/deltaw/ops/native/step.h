@@ -243,15 +243,20 @@ struct Runs {
         int64_t before = 0;
         for (int64_t k = 0; c && k < m; ++k) before += c->of[k].rank;
         s.finish({out + seg.first * out_stride, u + seg.first * u_stride + before, c ? &c->of[m] : nullptr,
-                  maps[m].bias, seg.last - seg.first, out_stride, u_stride, maps[m].rows, t.dtype}, first, last);
+                  maps[m].bias, seg.last - seg.first, out_stride, u_stride, t.dtype}, first, last);
     }
 
-    // task(segment, block) for all blocks of every segment
+    // block(segment, first, last) over all units of every segment, many at a time where there are many
     template <class Block>
-    void blocks(const Segment* segments, int64_t n_segments, int64_t n, int64_t n_blocks, int64_t cost, Block block) const {
+    void blocks(const Segment* segments, int64_t n_segments, int64_t n, int64_t units, int64_t cost, Block block) const {
+        const int64_t each = smaller(units, larger(1, units * n_segments / (16 * larger(threads, 1))));
+        const int64_t of_one = (units + each - 1) / each;
         share([&](int64_t first, int64_t last) {
-            for (int64_t at = first; at < last; ++at) block(segments[at / n_blocks], at % n_blocks);
-        }, n_segments * n_blocks, cost * (n / larger(n_segments, 1) + 1), threads, 1);
+            for (int64_t at = first; at < last; ++at) {
+                const int64_t from = at % of_one * each;
+                block(segments[at / of_one], from, smaller(from + each, units));
+            }
+        }, n_segments * of_one, each * cost * (n / larger(n_segments, 1) + 1), threads, 1);
     }
 
     static const Changes* of(const Segment& seg, int64_t layer, int group) {
@@ -265,30 +270,43 @@ struct Runs {
         share([&](int64_t first, int64_t last) { s.norm(task, first, last); }, n, 8 * t.d, threads, 1);
     }
 
+    // Heads [first, last) of queries, keys or values (part), which begin at head `before`
+    void heads(const Segment& seg, int64_t l, int part, int64_t before, int64_t first, int64_t last) const {
+        const Layer& layer = t.layers[l];
+        const int64_t stride = (t.heads + 2 * t.shared) * t.dim, n = seg.last - seg.first;
+        const bool one = layer.n_inputs == 1;
+        const int64_t column = one ? 0 : before * t.dim;
+        finish(seg, of(seg, l, 0), layer.inputs, one ? 0 : part, y + column, stride, first * t.dim - column,
+               last * t.dim - column);
+        const float* gain = part == 0 ? layer.q_norm : part == 1 ? layer.k_norm : nullptr;
+        for (int64_t j = first; j < last; ++j) {
+            float* at = y + seg.first * stride + j * t.dim;
+            if (gain) s.head_norm(at, n, stride, t.dim, gain, layer.head_eps);
+            if (part < 2) s.turn(at, n, stride, t.cos + seg.first * t.turned, t.sin + seg.first * t.turned, t.turned);
+        }
+        if (part == 0) return;
+        const int64_t bytes = (first - before) * t.dim * (t.dtype == F32 ? 4 : 2);
+        s.paged_put(y + seg.first * stride + first * t.dim, stride, F32,
+                    (char*)(part == 1 ? layer.keys : layer.values) + bytes, t.shared * t.dim, t.slots + seg.first, n,
+                    (last - first) * t.dim, t.dtype);
+    }
+
     int attend(int64_t l) {
         const Layer& layer = t.layers[l];
-        const int64_t stride = (t.heads + 2 * t.shared) * t.dim, token = t.shared * t.dim;
+        const int64_t stride = (t.heads + 2 * t.shared) * t.dim;
         norm(layer.norm, layer.eps, nullptr, normed, t.n);
         const auto inputs = [&](const Segment& seg) { return of(seg, l, 0); };
         if (const int problem = multiply(layer.inputs, layer.n_inputs, normed, dx, y, stride, t.segments, t.n_segments,
                                          t.n, inputs))
             return problem;
-        blocks(t.segments, t.n_segments, t.n, t.heads + 2 * t.shared, 16 * t.dim, [&](const Segment& seg, int64_t j) {
-            const int64_t part = j < t.heads ? 0 : j < t.heads + t.shared ? 1 : 2, n = seg.last - seg.first;
-            const int64_t of_part = part == 0 ? 0 : t.heads + (part - 1) * t.shared;  // heads before this part's
-            const bool one = layer.n_inputs == 1;
-            const int64_t column = (one ? j : j - of_part) * t.dim;
-            finish(seg, inputs(seg), layer.inputs, one ? 0 : part, y + (one ? 0 : of_part * t.dim), stride, column,
-                   column + t.dim);
-            float* at = y + seg.first * stride + j * t.dim;
-            const float* gain = part == 0 ? layer.q_norm : part == 1 ? layer.k_norm : nullptr;
-            if (gain) s.head_norm(at, n, stride, t.dim, gain, layer.head_eps);
-            if (part < 2) s.turn(at, n, stride, t.cos + seg.first * t.turned, t.sin + seg.first * t.turned, t.turned);
-            if (part == 0) return;
-            const int64_t bytes = (j - of_part) * t.dim * (t.dtype == F32 ? 4 : 2);
-            s.paged_put(at, stride, F32, (char*)(part == 1 ? layer.keys : layer.values) + bytes, token,
-                        t.slots + seg.first, n, t.dim, t.dtype);
-        });
+        blocks(t.segments, t.n_segments, t.n, t.heads + 2 * t.shared, 16 * t.dim,
+               [&](const Segment& seg, int64_t first, int64_t last) {
+                   for (int64_t part = 0, before = 0; part < 3; before += part++ ? t.shared : t.heads) {
+                       const int64_t from = larger(first, before);
+                       const int64_t to = smaller(last, before + (part ? t.shared : t.heads));
+                       if (from < to) heads(seg, l, int(part), before, from, to);
+                   }
+               });
         Paged task = attention;
         task.keys = layer.keys, task.values = layer.values, task.window = layer.window;
         paged_attention(path, task, paged, threads);
@@ -303,8 +321,8 @@ struct Runs {
                                          t.n, inputs))
             return problem;
         const int64_t n_blocks = up_to(t.f, COLUMNS) / COLUMNS, stride = 2 * t.f;
-        blocks(t.segments, t.n_segments, t.n, n_blocks, 24 * COLUMNS, [&](const Segment& seg, int64_t b) {
-            const int64_t first = b * COLUMNS, last = smaller(t.f, first + COLUMNS);
+        blocks(t.segments, t.n_segments, t.n, n_blocks, 24 * COLUMNS, [&](const Segment& seg, int64_t from, int64_t to) {
+            const int64_t first = from * COLUMNS, last = smaller(t.f, to * COLUMNS);
             const Changes* c = inputs(seg);
             finish(seg, c, layer.gates, 0, y, stride, first, last);
             if (layer.n_gates == 1) finish(seg, c, layer.gates, 0, y, stride, t.f + first, t.f + last);
@@ -322,8 +340,8 @@ struct Runs {
         if (const int problem = multiply(&map, 1, x, x_stride, y, t.d, t.segments, t.n_segments, t.n, changes))
             return problem;
         blocks(t.segments, t.n_segments, t.n, up_to(t.d, COLUMNS) / COLUMNS, 16 * COLUMNS,
-               [&](const Segment& seg, int64_t b) {
-                   const int64_t first = b * COLUMNS, last = smaller(t.d, first + COLUMNS);
+               [&](const Segment& seg, int64_t from, int64_t to) {
+                   const int64_t first = from * COLUMNS, last = smaller(t.d, to * COLUMNS);
                    finish(seg, changes(seg), &map, 0, y, t.d, first, last);
                    s.add(t.hidden + seg.first * t.d + first, y + seg.first * t.d + first, seg.last - seg.first, t.d,
                          t.d, last - first, 1);
@@ -347,7 +365,7 @@ struct Runs {
         s.narrow(more, inner, n, stride, mx, net.m, type);
         tasks[0] = task({net.up, nullptr, nullptr, t.d, net.m}, inner, mx, more, stride, n);
         run(1);
-        s.finish({more, nullptr, nullptr, net.up_bias, n, stride, 0, t.d, t.dtype}, 0, t.d);
+        s.finish({more, nullptr, nullptr, net.up_bias, n, stride, 0, t.dtype}, 0, t.d);
         s.add(t.hidden + seg.first * t.d, more, n, t.d, stride, t.d, net.scale);
         return 0;
     }
@@ -363,9 +381,9 @@ struct Runs {
         for (int64_t i = 0; i < t.n_head_segments; ++i) changed |= t.head_segments[i].head != nullptr;
         if (changed)
             blocks(t.head_segments, t.n_head_segments, t.n_wanted, up_to(t.head.rows, COLUMNS) / COLUMNS, 8 * COLUMNS,
-                   [&](const Segment& seg, int64_t b) {
-                       finish(seg, seg.head, &t.head, 0, t.logits, t.head.rows, b * COLUMNS,
-                              smaller(t.head.rows, (b + 1) * COLUMNS));
+                   [&](const Segment& seg, int64_t from, int64_t to) {
+                       finish(seg, seg.head, &t.head, 0, t.logits, t.head.rows, from * COLUMNS,
+                              smaller(t.head.rows, to * COLUMNS));
                    });
         return 0;
     }

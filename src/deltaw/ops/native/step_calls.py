@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.bottleneck import Bottleneck
 from deltaw.errors import ShapeError
+from deltaw.ops.arena import ask_for_huge_pages
 from deltaw.ops.native.calls import DTYPES, Packed
 from deltaw.ops.native.elementwise_calls import ACTS
 from deltaw.ops.native.library import running
@@ -20,6 +21,9 @@ from deltaw.ops.native.pages_calls import PAGE, check_places, fields
 
 GROUPS = ("inputs", "output", "gates", "down")
 """A layer's maps by what they read: the normed rows, attention, the normed rows, the gated rows."""
+
+PANEL = 16
+"""Outputs of an adapter's B that lie together, rank by rank: native.h's PANEL."""
 
 NET_ACTS = {"relu": 0, "gelu": 1, "silu": 2, "tanh": 3}
 
@@ -127,7 +131,7 @@ class WornOf:
 
     layers: Any
     head: Any
-    alive: list[Tensor]
+    alive: Tensor
 
 
 @dataclass
@@ -264,48 +268,75 @@ class Stepper:
         head: Affine | None,
     ) -> WornOf:
         """An adapter: for each layer its forms by GROUPS, map by map, and its networks behind the layer's halves."""
-        alive: list[Tensor] = []
+        shelf = _Shelf()
         layers = (_Worn * len(self.net.layers))()
         for out, of_layer, of_halves, layer in zip(layers, forms, nets, self.net.layers, strict=True):
             for g, group in enumerate(GROUPS):
-                out.groups[g] = self._changes(of_layer[group], layer.maps[group], alive)
+                self._changes(out.groups[g], of_layer[group], layer.maps[group], shelf)
             for half, form in enumerate(of_halves):
                 if form is not None:
-                    out.nets[half] = self._net(form, alive)
-        of_head = None if head is None else self._changes((head,), (self.net.head,), alive)
-        return WornOf(layers, of_head, alive)
+                    self._net(out.nets[half], form, shelf)
+        of_head = None if head is None else _Changes()
+        if head is not None:
+            self._changes(of_head, (head,), (self.net.head,), shelf)
+        return WornOf(layers, of_head, shelf.fill())
 
-    def _changes(self, forms: Sequence[Affine | None], maps: Sequence[MapOf], alive: list[Tensor]) -> _Changes:
-        out = _Changes()
+    def _changes(self, out: Any, forms: Sequence[Affine | None], maps: Sequence[MapOf], shelf: _Shelf) -> None:
+        dtype, cols = self.net.dtype, maps[0].shape[1]
         factors = [f.A for f in forms if f is not None and f.A is not None]
         if factors:
-            a = torch.cat(factors).to(self.net.dtype).contiguous()
-            alive.append(a)
-            out.a, out.rank = _address(a, (a.shape[0], maps[0].shape[1]), self.net.dtype), a.shape[0]
+            out.rank = sum(len(a) for a in factors)
+            shelf.put(out, "a", torch.cat(factors), (out.rank, cols), dtype)
         for i, (form, m) in enumerate(zip(forms, maps, strict=True)):
             if form is None:
                 continue
+            wide = m.shape[0]
             if form.B is not None:
-                b = (form.B.float() * form.scale).T.to(self.net.dtype).contiguous()
-                alive.append(b)
-                out.of[i].b, out.of[i].rank = _address(b, (b.shape[0], m.shape[0]), self.net.dtype), b.shape[0]
-            for name, size in (("out_gain", m.shape[0]), ("in_gain", m.shape[1]), ("bias", m.shape[0])):
+                out.of[i].rank = rank = form.B.shape[1]
+                panels = torch.zeros(-(-wide // PANEL) * PANEL, rank)
+                panels[:wide] = form.B.detach().float() * form.scale
+                panels = panels.view(-1, PANEL, rank).transpose(1, 2)
+                shelf.put(out.of[i], "b", panels, (-(-wide // PANEL), rank, PANEL), dtype)
+            for name, size in (("out_gain", wide), ("in_gain", m.shape[1]), ("bias", wide)):
                 if (value := getattr(form, name)) is not None:
-                    alive.append(value.detach().float().contiguous())
-                    setattr(out.of[i], name, _address(alive[-1], (size,), torch.float32))
-        return out
+                    shelf.put(out.of[i], name, value, (size,), torch.float32)
 
-    def _net(self, form: Bottleneck, alive: list[Tensor]) -> _Net:
+    def _net(self, out: Any, form: Bottleneck, shelf: _Shelf) -> None:
         m, d = form.down.shape[0], self.net.width
+        out.m, out.scale, out.act, out.parallel = m, form.scale, NET_ACTS[form.act], form.parallel
         parts = {
             "down": ((m, d), self.net.dtype), "up": ((d, m), self.net.dtype),
             "down_bias": ((m,), torch.float32), "up_bias": ((d,), torch.float32),
         }  # fmt: skip
-        out = _Net(m=m, scale=form.scale, act=NET_ACTS[form.act], parallel=form.parallel)
         for name, (shape, dtype) in parts.items():
-            alive.append(getattr(form, name).detach().to(dtype).contiguous())
-            setattr(out, name, _address(alive[-1], shape, dtype))
-        return out
+            shelf.put(out, name, getattr(form, name), shape, dtype)
+
+
+class _Shelf:
+    """Tensors of an adapter, in the order in which a step reads them, side by side: one stream of large pages."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Any, str, Tensor, torch.dtype]] = []
+
+    def put(self, out: Any, name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Let `out.name` be the address of a copy of t in `dtype`, once the shelf is filled."""
+        if t.shape != shape or not t.is_cpu:
+            raise ShapeError(f"found {list(t.shape)} on {t.device}, a step needs {list(shape)} on the CPU.")
+        self._held.append((out, name, t.detach(), dtype))
+
+    def fill(self) -> Tensor:
+        """The memory they lie in."""
+        starts = [0]
+        for _, _, t, dtype in self._held:
+            starts.append(starts[-1] + -(-t.numel() * dtype.itemsize // 64) * 64)
+        memory = torch.empty(starts[-1] + 64, dtype=torch.uint8)
+        ask_for_huge_pages(memory.untyped_storage())
+        first = -memory.data_ptr() % 64
+        for (out, name, t, dtype), start in zip(self._held, starts, strict=False):
+            place = memory[first + start : first + start + t.numel() * dtype.itemsize]
+            place.view(dtype).view(t.shape).copy_(t)
+            setattr(out, name, place.data_ptr())
+        return memory
 
 
 def _segments(parts: Sequence[tuple[int, int, WornOf | None]], n: int) -> Any:
