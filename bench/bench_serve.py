@@ -53,7 +53,7 @@ CASES = {
     "base": Case(48),
     "lora": Case(48, 8),
     "one_lora": Case(48, 1),
-    "many_lora": Case(48, 48),
+    "many_lora": Case(48, 64),
     "methods": Case(48, 8, methods=True),
     "stream": Case(1),
     "stream_lora": Case(1, 1),

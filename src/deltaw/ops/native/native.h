@@ -217,7 +217,9 @@ struct Linear {  // one of the two
 
 // What an adapter makes of a map: y = out_gain (W (in_gain x) + B u) + bias, u its part of A x
 struct Change {
-    const void* b;  // [ceil(rows / 16), rank, 16] of the step's dtype: scale B^T in panels, zeros where they end
+    // scale B^T in panels of the step's dtype, [ceil(rows / 16), rank, 16], where bf16 is multiplied in pairs
+    // [ceil(rows / 16), ceil(rank / 2), 16, 2]; zeros where it ends
+    const void* b;
     const float *out_gain, *in_gain, *bias;  // null: ones, ones, the base's
     int64_t rank;
 };

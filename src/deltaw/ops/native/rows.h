@@ -238,11 +238,55 @@ INLINE void thin_part(const Finish& t, int64_t first, int64_t last) {
     }
 }
 
+#ifdef DELTAW_BF16_DOT
+// The same with B in pairs of ranks [panel, rank / 2, 16, 2] and u rounded to bf16: N rows from row i on
+template <int N>
+INLINE void thin_pairs(const Finish& t, int64_t first, int64_t last, int64_t i) {
+    constexpr int64_t MOST = 256;  // ranks at a time
+    const int64_t rank = up(t.change->rank, 2);
+    for (int64_t k0 = 0; k0 < rank; k0 += MOST) {
+        const int64_t ranks = least(MOST, rank - k0);
+        alignas(64) uint16_t u[N][MOST];
+        for (int r = 0; r < N; ++r)
+            narrow_row(t.u + (i + r) * t.u_stride + k0, u[r], 0, least(ranks, t.change->rank - k0), ranks, BF16);
+        const auto* b = (const uint16_t*)t.change->b + k0 * PANEL;
+        for (int64_t c = first; c < last; c += W) {
+            const int64_t skip = c % PANEL, n = least(W - skip, last - c);  // of a panel: whole but for narrow heads
+            c -= skip;
+            float* y = t.y + i * t.y_stride + c;
+            const __mmask16 there = __mmask16(((1u << n) - 1) << skip);
+            F sum[N];
+            for (int r = 0; r < N; ++r) sum[r] = _mm512_maskz_loadu_ps(there, y + r * t.y_stride);
+            for (int64_t k = 0; k < ranks; k += 2) {
+                const auto* at = b + c * rank + k * PANEL;
+                if (N == 1) V::prefetch((const uint8_t*)at + THIN_AHEAD);
+                const V::H w = V::load_half(at);
+                for (int r = 0; r < N; ++r) {
+                    int32_t both;
+                    memcpy(&both, u[r] + k, 4);
+                    sum[r] = V::dot_half(w, (V::H)_mm512_set1_epi32(both), sum[r]);
+                }
+            }
+            for (int r = 0; r < N; ++r) _mm512_mask_storeu_ps(y + r * t.y_stride, there, sum[r]);
+        }
+    }
+}
+
+INLINE void thin_half(const Finish& t, int64_t first, int64_t last) {
+    int64_t i = 0;
+    for (; i + 4 <= t.n; i += 4) thin_pairs<4>(t, first, last, i);
+    if (i + 2 <= t.n) thin_pairs<2>(t, first, last, i), i += 2;
+    if (i < t.n) thin_pairs<1>(t, first, last, i);
+}
+#else
+INLINE void thin_half(const Finish& t, int64_t first, int64_t last) { thin_part<BFloat16>(t, first, last); }
+#endif
+
 void finish(const Finish& t, int64_t first, int64_t last) {
     const float *gain = nullptr, *bias = t.bias;
     if (t.change) {
         if (t.change->b)
-            t.dtype == F32 ? thin_part<Float32>(t, first, last) : thin_part<BFloat16>(t, first, last);
+            t.dtype == F32 ? thin_part<Float32>(t, first, last) : thin_half(t, first, last);
         gain = t.change->out_gain;
         if (t.change->bias) bias = t.change->bias;
     }

@@ -17,7 +17,7 @@ from deltaw.ops.arena import ask_for_huge_pages
 from deltaw.ops.native.calls import DTYPES, Packed
 from deltaw.ops.native.elementwise_calls import ACTS
 from deltaw.ops.native.library import running
-from deltaw.ops.native.pages_calls import PAGE, check_places, fields
+from deltaw.ops.native.pages_calls import PAGE, check_places, fields, reads_pairs
 
 GROUPS = ("inputs", "output", "gates", "down")
 """A layer's maps by what they read: the normed rows, attention, the normed rows, the gated rows."""
@@ -293,10 +293,11 @@ class Stepper:
             wide = m.shape[0]
             if form.B is not None:
                 out.of[i].rank = rank = form.B.shape[1]
-                panels = torch.zeros(-(-wide // PANEL) * PANEL, rank)
-                panels[:wide] = form.B.detach().float() * form.scale
-                panels = panels.view(-1, PANEL, rank).transpose(1, 2)
-                shelf.put(out.of[i], "b", panels, (-(-wide // PANEL), rank, PANEL), dtype)
+                unit = 2 if dtype == torch.bfloat16 and reads_pairs() else 1
+                panels = torch.zeros(-(-wide // PANEL), PANEL, -(-rank // unit), unit)
+                panels.view(panels.shape[0] * PANEL, -1)[:wide, :rank] = form.B.detach().float() * form.scale
+                panels = panels.transpose(1, 2)
+                shelf.put(out.of[i], "b", panels, panels.shape, dtype)
             for name, size in (("out_gain", wide), ("in_gain", m.shape[1]), ("bias", wide)):
                 if (value := getattr(form, name)) is not None:
                     shelf.put(out.of[i], name, value, (size,), torch.float32)
