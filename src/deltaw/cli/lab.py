@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.references import RegistryOption, adapter_path
+from deltaw.cli.references import RegistryOption, adapter_path, index_default, registry_default
 from deltaw.errors import BadInput
 
 
@@ -27,9 +27,12 @@ def lab(
         Path | None,
         typer.Option(metavar="DIR", help="Write a static site with recorded data into this new folder, and end."),
     ] = None,
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the workbench keeps runs, data and registry.")
+    ] = Path("runs"),
     registry: RegistryOption = None,
 ) -> None:
-    """Open the lab: thirteen live pictures of why adapters work, on a real base."""
+    """Open the lab: thirteen live pictures of why adapters work, on a real base, and a workbench."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise BadInput(f"the lab needs {' and '.join(missing)}, not installed here: pip install 'deltaw[lab]'.")
     from deltaw.lab.base import Lab
@@ -46,9 +49,11 @@ def lab(
         return
     import uvicorn
 
+    from deltaw.lab.desk import desk_in
     from deltaw.lab.server import is_loopback, make_app
 
-    app = make_app(opened, host=host)
+    where = registry_default() if registry is None else str(registry)
+    app = make_app(opened, host=host, desk=desk_in(runs, where, index_default()))
     if not is_loopback(host):
         say(f"warning: {host} is reached from other machines, and the lab has no passwords.")
     say(f"the lab is at http://{host}:{port}/ (Ctrl-C ends it)")

@@ -30,6 +30,11 @@ def registry_default() -> str | None:
     return _default["registry"]
 
 
+def index_default() -> str | None:
+    """The URL of a registry's index that DELTAW_INDEX gives, if it is set."""
+    return _default["index"]
+
+
 def open_registry(folder: Path | None, *, create: bool = False) -> Registry:
     """The registry in `folder`, or the one that DELTAW_REGISTRY names. Raises RegistryError when there is neither."""
     from deltaw.store.registry import Registry

@@ -32,7 +32,7 @@ def write_site(
     """
     recorded = 0
     with whole_folder(out) as folder:
-        shutil.copytree(ASSETS, folder, dirs_exist_ok=True)
+        shutil.copytree(ASSETS, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work"))
         pictures = {n: p for n, p in pictures_of(lab).items() if only is None or n in only}
         frames = {"base": lab.label, "recorded": True, "pictures": [p.plain() for p in pictures.values()]}
         _write(folder / "data" / "pictures.json", frames)

@@ -1,9 +1,10 @@
-"""The lab's server: the page, the pictures' data, and the two requests that change something.
+"""The lab's server: the page, the pictures' data, the workbench, and who may ask.
 
     GET  /                       the page and its assets
     GET  /api/pictures           what frames need: words, controls
     GET  /api/pictures/N?...     numbers and data at these controls
     POST /api/pictures/N         9: train up to a step; 10: answer a prompt. A JSON object of controls
+         /api/work/...           the workbench (workbench.py), where the lab has a desk
 
 Only the page's own origin may post (Origin or Sec-Fetch-Site), and only names of this machine are answered to when
 bound to loopback, so that another site cannot reach it through a name of its own. An error is {"detail": a sentence}.
@@ -24,8 +25,10 @@ from fastapi.staticfiles import StaticFiles
 from deltaw.errors import DeltawError, NotFound, WorkFailed
 from deltaw.lab.base import Lab
 from deltaw.lab.controls import read
+from deltaw.lab.desk import Desk
 from deltaw.lab.picture import Picture, Plain
 from deltaw.lab.pictures import pictures_of
+from deltaw.lab.workbench import routers
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -57,18 +60,22 @@ def shown(lab: Lab, picture: Picture, given: Mapping[str, Any]) -> Plain:
     return lab.keep((picture.number, chosen.model_dump_json()), lambda: picture.compute(lab, chosen))
 
 
-def make_app(base: str | Lab, adapters: Mapping[str, Path] | None = None, host: str = "127.0.0.1") -> FastAPI:
+def make_app(
+    base: str | Lab, adapters: Mapping[str, Path] | None = None, host: str = "127.0.0.1", desk: Desk | None = None
+) -> FastAPI:
     """The lab of a base as an ASGI application.
 
     base      a folder, a hub id or a starter name; or a Lab
     adapters  name -> folder, attached beside the base
     host      the address that it will be bound to: on loopback, other names are refused
+    desk      where the workbench keeps its things; None: the pictures alone
 
     Raises BaseError, AdapterError, BadInput: the base is loaded here.
     """
     lab = base if isinstance(base, Lab) else Lab(base, adapters)
     pictures = pictures_of(lab)
-    frames = {"base": lab.label, "recorded": False, "pictures": [p.plain() for p in pictures.values()]}
+    frames: dict[str, Any] = {"base": lab.label, "recorded": False, "workbench": desk is not None}
+    frames["pictures"] = [p.plain() for p in pictures.values()]
     app = FastAPI(title="deltaw lab", openapi_url=None)
 
     @app.middleware("http")
@@ -103,6 +110,8 @@ def make_app(base: str | Lab, adapters: Mapping[str, Path] | None = None, host: 
             return JSONResponse({"detail": f"picture {n} changes nothing: ask for it with GET."}, 405)
         return JSONResponse(picture.act(lab, read(picture.controls, given)))
 
+    for router in [] if desk is None else routers(lab, desk):
+        app.include_router(router, prefix="/api/work")
     app.mount("/", StaticFiles(directory=ASSETS, html=True))
     return app
 

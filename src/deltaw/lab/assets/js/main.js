@@ -1,4 +1,4 @@
-// The page: one picture at a time, its state in the address, numbers from the library.
+// The page: one picture, or one page of the workbench, at a time; its state in the address, numbers from the library.
 
 import { addressOf, drawControls, stateOf } from "./controls.js";
 import * as data from "./data.js";
@@ -15,6 +15,9 @@ let frame = null;
 let state = {};
 let last = null;
 let asked = null;
+let pages = [];
+let turn = 0;
+let leave = null;
 
 function theme() {
   const kept = localStorage.getItem("theme");
@@ -39,8 +42,12 @@ function words() {
   $("question").open = false;
   $("question").querySelector("summary").textContent = frame.question;
   $("question").querySelector("p").textContent = frame.answer;
-  for (const link of $("list").querySelectorAll("a")) {
-    if (link.dataset.number === String(frame.number)) link.setAttribute("aria-current", "page");
+}
+
+// Which link is marked in the two lists.
+function mark(current) {
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${current}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
 }
@@ -58,6 +65,7 @@ function numbers(found) {
 }
 
 function redraw() {
+  dispatchEvent(new Event("redraw"));
   if (!last) return;
   const focused = document.activeElement?.closest("#drawing") ? [...$("drawing").querySelectorAll("button")].indexOf(document.activeElement) : -1;
   $("drawing").replaceChildren(...DRAW[frame.number](last.data, change, () => show(true)));
@@ -99,11 +107,63 @@ function change(name, value) {
   show(acts());
 }
 
+// Leave what is shown: a picture that is computed, or a page with what it holds open.
+function clear(work) {
+  turn += 1;
+  asked?.abort();
+  leave?.();
+  leave = null;
+  last = null;
+  $("work").replaceChildren();
+  $("problem").hidden = true;
+  $("work").hidden = !work;
+  for (const part of document.querySelectorAll("main > .bench, main > .words")) part.hidden = work;
+}
+
+// A page of the workbench: `page.show(root, rest, query)` draws it, and may give back how to leave it.
+async function open(page, rest, query) {
+  clear(true);
+  frame = null;
+  const mine = turn;
+  mark(page.address);
+  $("title").textContent = page.title;
+  $("notice").textContent = page.notice ?? "";
+  document.title = `${page.title} - deltaw lab`;
+  document.body.setAttribute("aria-busy", "true");
+  const root = document.createElement("div");
+  $("work").append(root);
+  try {
+    const done = await page.show(root, rest, query);
+    if (mine === turn) leave = done ?? null;
+    else done?.();
+  } catch (problem) {
+    if (mine === turn) root.append(sentence(problem));
+  } finally {
+    if (mine === turn) document.body.setAttribute("aria-busy", "false");
+  }
+}
+
+function sentence(problem) {
+  const told = document.createElement("p");
+  told.className = "problem";
+  told.setAttribute("role", "alert");
+  told.textContent = problem.message;
+  return told;
+}
+
 function route() {
   const [number, query] = location.hash.slice(1).split("?");
+  const [address, ...rest] = number.split("/");
+  const page = pages.find((p) => p.address === address);
+  if (page) {
+    open(page, decodeURIComponent(rest.join("/")), new URLSearchParams(query ?? ""));
+    return;
+  }
   const found = frames.find((f) => String(f.number) === number) ?? frames[0];
   const other = frame !== found;
+  if (!frame) clear(false);
   frame = found;
+  mark(frame.number);
   state = stateOf(frame, new URLSearchParams(query ?? ""));
   if (other) {
     last = null;
@@ -115,26 +175,38 @@ function route() {
   show(acts());
 }
 
+function linked(address, number, title) {
+  const link = document.createElement("a");
+  link.href = `#${address}`;
+  if (number) {
+    link.dataset.number = number;
+    link.append(`${number} `);
+  }
+  const name = document.createElement("span");
+  name.className = "name";
+  name.textContent = title;
+  link.append(name);
+  link.setAttribute("aria-label", `${number} ${title}`.trim());
+  const item = document.createElement("li");
+  item.append(link);
+  return item;
+}
+
+// The workbench's pages; a recorded site has none.
+async function workbench() {
+  pages = (await import("./work/pages.js")).PAGES;
+  $("work-list").replaceChildren(...pages.map((p) => linked(p.address, "", p.title)));
+  $("work-nav").hidden = !pages.length;
+}
+
 async function start() {
   theme();
   const every = await data.frames();
   frames = every.pictures;
+  if (every.workbench) await workbench();
   $("base").textContent = `on ${every.base}${every.recorded ? ", recorded" : ""}`;
   $("controls").addEventListener("submit", (event) => event.preventDefault());
-  $("list").replaceChildren(...frames.map((f) => {
-    const link = document.createElement("a");
-    link.href = `#${f.number}`;
-    link.dataset.number = f.number;
-    link.append(`${f.number} `);
-    const name = document.createElement("span");
-    name.className = "name";
-    name.textContent = f.title;
-    link.append(name);
-    link.setAttribute("aria-label", `${f.number} ${f.title}`);
-    const item = document.createElement("li");
-    item.append(link);
-    return item;
-  }));
+  $("list").replaceChildren(...frames.map((f) => linked(f.number, f.number, f.title)));
   addEventListener("hashchange", route);
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });

@@ -1,0 +1,5 @@
+// The pages of the workbench, in the order of the list. A page is { address, title, notice, show(root, rest, query) }:
+// `rest` is what the address has after its first slash, `query` a URLSearchParams; `show` draws into `root`, may be
+// async, throws an Error with a sentence, and may give back a function that is called when the page is left.
+
+export const PAGES = [];
