@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Two processes of one thread each, a file of tests at a time, in their own order: the long ones are not the last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --expect-skips 0
 
-.PHONY: demo test test-all browser check lint bench docs clean
+.PHONY: demo test test-all chromium check lint bench pictures docs clean
 
 NATIVE := hatch_build.py $(wildcard src/deltaw/ops/native/*.cpp src/deltaw/ops/native/*.h) src/deltaw/ops/native/build.py
 
@@ -28,21 +30,18 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
 # Everything that must hold, in minutes. lint runs first; pytest's closing line comes last.
-test: lint
+test: lint chromium
 	$(BIN)/deltaw fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" --expect-skips 0
+	$(PYTEST) -m "not slow and not gpu"
 
 # The long runs and the peers too (under an hour).
-test-all: lint $(VENV)/.ready-peers
+test-all: lint chromium $(VENV)/.ready-peers
 	$(BIN)/deltaw fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest -q -m "not gpu and not browser" --expect-skips 0
+	$(PYTEST) -m "not gpu"
 
-# The lab in a real Chromium, which must be installed (apt-get install chromium); npm gives axe, which looks for barriers.
-browser: $(VENV)/.ready-dev
-	$(PIP) -e '.[browser]'
-	mkdir -p build/axe && cd build/axe && npm pack --silent axe-core@4 > /dev/null && tar xzf axe-core-*.tgz
-	$(BIN)/deltaw fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest -q -m browser --expect-skips 0
+# A Chromium for the lab's tests: the one that is there, else playwright's own or the system's package.
+chromium: $(VENV)/.ready-dev
+	$(BIN)/python tests/lab/lab_chromium.py
 
 # What can be said without running the library: format, lint, types, imports, house rules.
 check: lint
@@ -56,6 +55,11 @@ lint: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/bench_train.py
+
+# The pictures of docs/lab.md, light and dark.
+pictures: chromium
+	$(BIN)/deltaw fetch smollm2-135m-instruct
+	PYTHONPATH=tests $(BIN)/python tests/lab/lab_pictures.py
 
 docs: $(VENV)/.ready
 	$(PIP) -e '.[docs]'

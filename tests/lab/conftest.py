@@ -1,13 +1,18 @@
-"""A tiny base on disk, a lab on it, and a lab on the real starter."""
+"""A tiny base on disk, a lab on it, a lab on the real starter, and a Chromium."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lab_bench import STARTER, Bench
+from lab_chromium import MISSING, start
+from lab_page import Page, served
 
 from deltaw.lab.base import Lab
+from deltaw.lab.server import make_app
 from models import make_net
 
 
@@ -36,3 +41,30 @@ def tiny(tiny_folder: Path) -> Bench:
 @pytest.fixture(scope="session")
 def starter() -> Bench:
     return Bench(Lab(STARTER))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for a file's tests: playwright's loop runs as long, and others want to start one of their own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        one = start(playwright)
+        assert one is not None, MISSING
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def url(starter: Bench) -> Iterator[str]:
+    """The lab on the real starter, served as `deltaw lab` serves it."""
+    with served(make_app(starter.lab)) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browser: Any, url: str) -> Iterator[Page]:
+    """A fresh page on it."""
+    one = Page(browser, url)
+    yield one
+    one.close()

@@ -87,7 +87,7 @@ def architecture(lab: Lab, c: Any) -> Plain:
             number("frozen", "numbers in W, frozen", chosen["parameters"]),
             number("adapter", "numbers in A and B", chosen["adapter"]),
             number("extra", "extra multiplications a token", extra),
-            number("share", "adapters of the block", total / block, percent(total / block)),
+            number("share", "adapters, share of the block", total / block, percent(total / block)),
             number("differ", "merged and beside differ by", differ, f"{differ:.1e}"),
         ],
         "data": {"parts": parts, "part": c.part, "merged": c.merged, "rank": c.rank},

@@ -25,6 +25,8 @@ from deltaw.ops.affine import apply
 
 SIDE = 64
 """Rows and columns of a heat map."""
+FULL_COLOUR = 0.98
+"""The share of a heat map's numbers that its colours tell apart; the others have full colour."""
 FALL = 0.8
 """Of picture 1's made update: each singular value over the one before."""
 CURVE_POINTS = 120
@@ -43,6 +45,11 @@ def singular_values(cut: Cut) -> Tensor:
 def normal(*shape: int, seed: int) -> Tensor:
     """Standard normal numbers of a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(values: Tensor) -> float:
+    """The size that FULL_COLOUR of the values stay under."""
+    return float(values.abs().flatten().quantile(FULL_COLOUR))
 
 
 def target_controls(lab: Lab, role: str, layer: int) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def decomposition(lab: Lab, c: Any) -> Plain:
     A, B = first_rank(whole, c.rank)
     W = W[:side, :side]
     after, _ = merged(Affine(A, B), W)
-    limit = float(torch.stack([W.abs().max(), after.abs().max()]).max()) * 0.7
+    limit = max(spread(W), spread(after))
     values = B @ A
     error = float((wanted - values).double().norm() / wanted.double().norm())
     parameters = A.numel() + B.numel()
@@ -100,8 +107,8 @@ def decomposition(lab: Lab, c: Any) -> Plain:
         "data": {
             "grids": [
                 {"title": f"W0: block {c.layer}, {c.target}", **grid(W, limit)},
-                {"title": "dW: the change wanted", **grid(wanted, limit / 2)},
-                {"title": f"B A at rank {c.rank}", **grid(values, limit / 2)},
+                {"title": "dW: wanted", **grid(wanted, spread(wanted))},
+                {"title": f"B A: rank {c.rank}", **grid(values, spread(wanted))},
                 {"title": "W0 + B A", **grid(after, limit)},
             ],
             "A": list(A.shape),
@@ -139,7 +146,7 @@ def directions(lab: Lab, c: Any) -> Plain:
     at = sorted({*range(0, side + 1, max(1, side // CURVE_POINTS)), c.rank, side})
     curves = {"this matrix": tail / tail[0], "noise": tails(noise) / tails(noise)[0]}
     curves["a change whose values fall by a fifth"] = tails(update) / tails(update)[0]
-    limit = float(W[:SIDE, :SIDE].abs().max()) * 0.7
+    limit = spread(W[:SIDE, :SIDE])
     return {
         "numbers": [
             number("error", "error, measured", error, percent(error)),

@@ -1,6 +1,6 @@
 // Pictures 3 and 12: a transformer block and what sits in it.
 
-import { css, KINDS, legend, make } from "./charts.js";
+import { css, KINDS, legend, make, room } from "./charts.js";
 
 function halves(parts) {
   const found = new Map();
@@ -16,26 +16,28 @@ function swatch(colour) {
 
 // One map: x through W, and beside it through A and B; or through W' alone. Heights of boxes are their widest side.
 function wiring(part, merged, rank) {
-  const svg = globalThis.d3.create("svg").attr("viewBox", "0 0 640 190").attr("width", 640).attr("role", "img")
+  const larger = room() < 500 ? 1.6 : 1; // the drawing shrinks with a narrow page, its words do not
+  const size = 16 * larger, less = 13 * larger;
+  const svg = globalThis.d3.create("svg").attr("viewBox", "0 0 640 190").attr("width", 640).attr("role", "img").attr("font-size", size)
     .attr("aria-label", merged ? `${part.role} merged: y = W' x` : `${part.role}: y = W x + s B A x, a thin path beside W`);
   const line = (x1, y1, x2, y2) => svg.append("line").attr("x1", x1).attr("y1", y1).attr("x2", x2).attr("y2", y2)
     .attr("stroke", css("text")).attr("stroke-width", 1.5);
   const box = (x, y, w, h, colour, label, small) => {
     svg.append("rect").attr("x", x).attr("y", y).attr("width", w).attr("height", h).attr("rx", 4)
       .attr("fill", css("page")).attr("stroke", colour).attr("stroke-width", 2.5);
-    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2).attr("text-anchor", "middle").text(label);
-    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2 + 18).attr("text-anchor", "middle").attr("font-size", 13).text(small);
+    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2 - 10 * (larger - 1)).attr("text-anchor", "middle").text(label);
+    svg.append("text").attr("x", x + w / 2).attr("y", y + h / 2 - 10 * (larger - 1) + 18 * larger).attr("text-anchor", "middle").attr("font-size", less).text(small);
   };
   const y = merged ? 95 : 52;
-  line(40, y, 560, y);
+  line(40, y, larger > 1 ? 522 : 560, y);
   svg.append("text").attr("x", 22).attr("y", y + 5).text("x");
-  svg.append("text").attr("x", 566).attr("y", y + 5).text(merged ? "y = W' x" : "y = sum");
+  svg.append("text").attr("x", 638).attr("y", y + 5).attr("text-anchor", "end").text(merged ? "y = W' x" : "y = sum");
   box(190, y - 42, 210, 84, css("grey"), merged ? "W' = W + s B A" : "W, frozen", `${part.out} x ${part.in}`);
   if (merged) return svg.node();
   for (const [x1, y1, x2, y2] of [[80, y, 80, 150], [80, 150, 500, 150], [500, 150, 500, y]]) line(x1, y1, x2, y2);
   box(140, 122, 110, 56, css("orange"), "A", `${rank} x ${part.in}`);
   box(340, 122, 110, 56, css("orange"), "B", `${part.out} x ${rank}`);
-  svg.append("text").attr("x", 295).attr("y", 143).attr("text-anchor", "middle").attr("font-size", 13).text(`${rank} wide`);
+  svg.append("text").attr("x", 295).attr("y", 143).attr("text-anchor", "middle").attr("font-size", less).text(`${rank} wide`);
   svg.append("circle").attr("cx", 500).attr("cy", y).attr("r", 11).attr("fill", css("page")).attr("stroke", css("text"));
   svg.append("text").attr("x", 500).attr("y", y + 5).attr("text-anchor", "middle").text("+");
   return svg.node();
@@ -72,7 +74,7 @@ export function draw12(data) {
     return node;
   };
   const drawn = [legend(data.methods.map((m) => [m.label, colour[m.key]])),
-    make("div", { class: "half" }, make("h2", {}, "in front of the sequence"), make("div", { class: "parts" }, box("virtual tokens", "learned vectors, or keys and values", "front")))];
+    make("div", { class: "half" }, make("h2", {}, "in front of the sequence"), make("div", { class: "parts" }, box("virtual tokens", "learned vectors, or keys and values of all blocks", "front")))];
   const ends = ["after attention", "after ffn"];
   [...halves(data.parts)].forEach(([half, parts], i) => {
     const boxes = parts.map((p) => box(p.role, `W ${p.out} x ${p.in}`, p.role));

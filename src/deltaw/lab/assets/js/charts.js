@@ -45,8 +45,24 @@ export function heatMaps(grids) {
   }));
 }
 
-export const scaleNote = (grids) => make("p", { class: "flow" },
-  `blue: negative, orange: positive; full colour at ${grids.map((g) => g.limit.toPrecision(2)).join(", ")}, from left to right`);
+// What the colours of heat maps stand for: a bar for each range of values, with the maps that have it.
+export function scaleNote(grids) {
+  const ranges = d3.group(grids, (g) => g.limit.toPrecision(2));
+  return make("div", { class: "scales" }, ...[...ranges].map(([limit, those]) => {
+    const names = ranges.size > 1 ? `${those.map((g) => g.title.split(":")[0]).join(", ")}: ` : "";
+    const bar = make("canvas", { "aria-hidden": "true" });
+    paint(bar, 1, 255, d3.range(-127, 128));
+    return make("p", { class: "flow" }, `${names}-${limit}`, bar, `+${limit}`);
+  }));
+}
+
+// The same for a scale that begins at zero; `colour(t)` for t from 0 to 1.
+export function ramp(name, most, colour) {
+  const bar = make("canvas", { "aria-hidden": "true", width: 128, height: 1 });
+  const context = bar.getContext("2d");
+  d3.range(128).forEach((i) => { context.fillStyle = colour(i / 127); context.fillRect(i, 0, 1, 1); });
+  return make("div", { class: "scales" }, make("p", { class: "flow" }, `${name}: 0`, bar, most));
+}
 
 // A vector as a strip of colours, `width` pixels wide.
 export function strip(values, limit, width, label) {
@@ -57,9 +73,21 @@ export function strip(values, limit, width, label) {
   return canvas;
 }
 
+// Pixels that a drawing may be wide.
+export const room = () => document.getElementById("drawing").clientWidth || 640;
+
+// Text over lines: a rim in the page's colour keeps it readable.
+export const rimmed = () => ({ fill: css("text"), stroke: css("page"), strokeWidth: 6 });
+
+// A dashed line at `x` with `words` beside it, on the side that has room; `share`: how far to the right x lies, 0 to 1.
+export const marked = (x, words, share, frameAnchor = "top") => [
+  Plot.ruleX([x], { stroke: css("text"), strokeDasharray: "2 4" }),
+  Plot.text([x], { x: (d) => d, frameAnchor, text: () => words, dx: share > 0.7 ? -6 : 6, dy: 24, textAnchor: share > 0.7 ? "end" : "start", ...rimmed() }),
+];
+
 // Plot writes a <style> of its own, which the page's policy does not allow; lab.css has the rules.
 export function chart(label, options) {
-  const width = Math.max(280, Math.min(880, document.getElementById("drawing").clientWidth || 640));
+  const width = Math.max(280, Math.min(880, room() / (options.columns ?? 1)));
   const x = { labelOffset: 40, ...options.x };
   const drawn = Plot.plot({ width, marginBottom: 48, style: { background: "transparent", fontSize: "13px" }, ...options, x });
   for (const style of drawn.querySelectorAll("style")) style.remove();
@@ -81,6 +109,14 @@ export function legend(entries) {
       .attr("stroke-width", 3).attr("stroke-dasharray", dash);
     return make("li", {}, mark.node(), name);
   }));
+}
+
+// A table: `columns` are [title, value(row), "number"?]; a value is text or an element. It scrolls in a box of its own.
+export function table(caption, columns, rows) {
+  const head = columns.map(([title, , kind]) => make("th", { scope: "col", class: kind }, title));
+  const body = rows.map((row) => make("tr", {}, ...columns.map(([, value, kind]) => make("td", { class: kind }, value(row) ?? ""))));
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    make("table", {}, make("caption", {}, caption), make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body)));
 }
 
 export const short = (n) => d3.format(n >= 1e4 ? ".3~s" : ",")(n).replace("G", " B").replace("M", " M").replace("k", " k").replace("T", " T");

@@ -1,7 +1,7 @@
 // Pictures 9 and 10: a real training and real answers.
 
 import { recorded } from "./data.js";
-import { chart, css, make, short } from "./charts.js";
+import { chart, css, make, ramp, short } from "./charts.js";
 
 const { d3, Plot } = globalThis;
 
@@ -17,13 +17,13 @@ export function draw9(data, change) {
   return [
     make("div", { class: "row" }, go("Step", data.step + 1), go("Five steps", Math.min(data.steps, data.step + 5)), go("Back to 0", 0)),
     chart("Norm of B A in each layer after each step; zero is the ground of the scale", {
-      height: 280, x: { type: "band", label: "step", domain: d3.range(data.steps + 1), ticks: d3.range(0, data.steps + 1, 5) }, y: { type: "band", label: "layer", reverse: true, domain: d3.range(data.norms[0].length), ticks: d3.range(0, data.norms[0].length, 5) },
+      height: 280, marginLeft: 56, x: { type: "band", label: "step", domain: d3.range(data.steps + 1), ticks: d3.range(0, data.steps + 1, 5) }, y: { type: "band", label: "layer", labelAnchor: "top", reverse: true, domain: d3.range(data.norms[0].length), ticks: d3.range(0, data.norms[0].length, 5) },
       color: { type: "linear", domain: [0, most], interpolate: d3.interpolateViridis },
       marks: [Plot.cell(cells, { x: "step", y: "layer", fill: "norm", insetLeft: 1, shapeRendering: "crispEdges" })],
     }),
-    make("p", { class: "flow" }, `|B A| by layer: dark is 0, bright is ${most.toPrecision(3)}`),
+    ramp("|B A| of a layer", most > 1e-9 ? most.toPrecision(3) : "(all are 0)", d3.interpolateViridis),
     chart("Loss after each step", {
-      height: 190, x: { type: "linear", label: "step", domain: [0, data.steps] }, y: { label: "loss", zero: true, grid: true, ticks: 4 },
+      height: 190, marginLeft: 56, x: { type: "linear", label: "step", domain: [0, data.steps] }, y: { label: "loss", zero: true, grid: true, ticks: 4 },
       marks: [Plot.lineY(data.losses, { x: (_, i) => i, y: (d) => d, stroke: css("blue"), strokeWidth: 2 }),
         Plot.dot(data.losses, { x: (_, i) => i, y: (d) => d, fill: css("orange"), r: 4 })],
     }),

@@ -1,8 +1,8 @@
 // What the workbench's pages share: elements, questions to the server, and streams of events.
 
-import { make } from "../charts.js";
+import { make, table } from "../charts.js";
 
-export { make };
+export { make, table };
 
 // The JSON that the server answers to GET /api/work/PATH. Throws an Error with the server's sentence.
 export const ask = (path, options = {}) => json(path, options);
@@ -53,14 +53,6 @@ export function teller() {
   say.problem = (error) => { node.className = "said problem"; node.textContent = error.message; };
   say.node = node;
   return say;
-}
-
-// A table: `columns` are [title, value(row), "number"?]; a value is text or an element. It scrolls in a box of its own.
-export function table(caption, columns, rows) {
-  const head = columns.map(([title, , kind]) => make("th", { scope: "col", class: kind }, title));
-  const body = rows.map((row) => make("tr", {}, ...columns.map(([, value, kind]) => make("td", { class: kind }, value(row) ?? ""))));
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    make("table", {}, make("caption", {}, caption), make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body)));
 }
 
 // A labelled input: `input` gets `id`; `hint` is read with it.
