@@ -154,13 +154,14 @@ def table() -> str:
             ", ".join(f"{row['train_seconds']:.0f}" for row in there) if trained else "",
             f"{max(row['peak_rss_mb'] for row in there):,.0f}" if trained else "",
             f"{there[0]['size_mb']:.3g}" if trained else "",
-            _merged(METHODS[label]["adapter"]) if trained else "",
+            mergeable(METHODS[label]["adapter"]) if trained else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _merged(adapter: dict[str, Any]) -> str:
+def mergeable(adapter: dict[str, Any]) -> str:
+    """What the table says of merging."""
     from deltaw.methods import method_class
 
     method = method_class(adapter["method"])
@@ -170,7 +171,10 @@ def _merged(adapter: dict[str, Any]) -> str:
 
 
 def write_tables() -> None:
-    """Put the table between its marks."""
+    """Put the table between its marks, and write the lab's tables."""
+    from lab_tables import write_lab_tables
+
+    write_lab_tables()
     for page in (ROOT / "README.md", ROOT / "docs" / "methods" / "index.md"):
         text = page.read_text(encoding="utf-8")
         assert MARKS.search(text), f"{page} has no marks"

@@ -14,6 +14,7 @@ import torch
 from deltaw.core.adapter import Adapter
 from deltaw.core.checkpoint_files import checkpoint_files
 from deltaw.core.fingerprint import HARD, cache_dir, fingerprint_folder
+from deltaw.diagnose.bands import Band, bands
 from deltaw.diagnose.curve import FEWEST_STEPS, Curve, Log, read_curve, read_log
 from deltaw.diagnose.facts import Facts, Finding, Trial
 from deltaw.diagnose.findings import findings
@@ -44,6 +45,7 @@ class Diagnosis:
     findings  what is wrong; empty for a healthy run
     not_made  checks that were left out, each with why
     rows      places;  log, curve: of the run;  rounded: by number format, what a merge would leave of the update
+    bands     how large steps and update are, beside what is usual
     """
 
     path: str
@@ -55,6 +57,7 @@ class Diagnosis:
     rate: float | None
     scale: float | None
     rows: list[SiteRow]
+    bands: list[Band]
     log: Log | None
     curve: Curve | None
     rounded: dict[str, Rounded]
@@ -79,6 +82,7 @@ class Diagnosis:
             "forgetting": None if self.forgetting is None else asdict(self.forgetting),
             "data": None if self.data is None else asdict(self.data),
             "trial": None if self.trial is None else asdict(self.trial),
+            "bands": [asdict(b) for b in self.bands],
             "places": [r.plain() for r in self.rows],
         }
 
@@ -87,6 +91,7 @@ def diagnose(
     path: str | Path,
     base: str | Path | None = None,
     *,
+    alone: bool = False,
     data: str | Path | None = None,
     merged: str | Path | None = None,
     merge_dtype: str = "bfloat16",
@@ -101,6 +106,7 @@ def diagnose(
 
     path              the folder of a run or of an adapter
     base              the base it belongs to; None: the one it names, where that is a folder or a starter in the cache
+    alone             leave the base out: what the log and the adapter tell by themselves, in a fraction of a second
     data              rows to measure the loss on with and without the adapter; for `rank`: the run's training rows
     merged            a folder that this adapter was merged into: what is left of the update there
     merge_dtype       what a merge would be written in: float32, bfloat16, float16, nf4, fp4, int4, int8
@@ -113,7 +119,10 @@ def diagnose(
     """
     work = _Work(Path(path), data=_file(data), merge_dtype=merge_dtype, say=say or (lambda _: None))
     work.read()
-    work.find_base(base)
+    if alone:
+        work.skip("norms of the weights, base and merging", "the base was left out")
+    else:
+        work.find_base(base)
     work.measure(None if merged is None else Path(merged))
     if check_forgetting or general is not None or text is not None:
         work.forget(_file(general), _file(text), limit)
@@ -319,7 +328,7 @@ class _Work:
         if self.run is None or self.facts["log"] is None:
             raise BadInput(f"--try-rank {rank} repeats a run: give the folder of a run, not of an adapter.")
         self.say(f"training the same steps with rank {rank}")
-        self.facts["trial"] = try_rank(self.identity, self.facts["log"], rank, self.folder, self.data)
+        self.facts["trial"] = try_rank(self.identity, self.facts["log"], rank, self.folder, self.data, self.say)
 
     def result(self) -> Diagnosis:
         """Facts into findings."""
@@ -338,6 +347,7 @@ class _Work:
             rate=facts.rate,
             scale=facts.scale,
             rows=facts.rows,
+            bands=bands(facts),
             log=facts.log,
             curve=facts.curve,
             rounded=facts.rounded,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ from deltaw.train.events import Step
 from deltaw.train.run import train
 
 
-def try_rank(identity: dict[str, Any], log: Log, rank: int, base: Path | None, data: Path | None) -> Trial:
+def try_rank(
+    identity: dict[str, Any],
+    log: Log,
+    rank: int,
+    base: Path | None,
+    data: Path | None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Trial:
     """Train what run.json (`identity`) says with `rank` in a folder that is thrown away, and compare the losses.
 
     alpha is set so that the scale stays; ranks of single modules grow alike.
     base, data   instead of the paths in the run's recipe; the rows must be the run's own
+    say          called with a sentence at each tenth of the steps
 
     Raises BadInput for a method without a rank, DataError for other rows, RunError for a run that is too short.
     """
@@ -58,8 +67,13 @@ def try_rank(identity: dict[str, Any], log: Log, rank: int, base: Path | None, d
         "budget": None,
     }
     with tempfile.TemporaryDirectory() as folder:
-        events = train(changed, Path(folder) / "trial", train_rows=path)
-        reached = {e.step: e.loss for e in events if isinstance(e, Step)}
+        every = max(1, len(log.steps) // 10)
+        reached: dict[int, float] = {}
+        for event in train(changed, Path(folder) / "trial", train_rows=path):
+            if isinstance(event, Step):
+                reached[event.step] = event.loss
+                if event.step % every == 0:
+                    say(f"step {event.step} of {len(log.steps)} with rank {rank}: loss {event.loss:.3g}")
     return paired({s.step: s.loss for s in log.steps}, reached, was, rank)
 
 

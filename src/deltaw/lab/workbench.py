@@ -6,10 +6,16 @@ from collections.abc import Callable
 
 from fastapi import APIRouter
 
+from deltaw.lab import work_adapters, work_ask, work_diagnose, work_tables
 from deltaw.lab.base import Lab
 from deltaw.lab.desk import Desk
 
-_ROUTERS: tuple[Callable[[Lab, Desk], APIRouter], ...] = ()
+_ROUTERS: tuple[Callable[[Lab, Desk], APIRouter], ...] = (
+    work_adapters.router,
+    work_diagnose.router,
+    work_ask.router,
+    work_tables.router,
+)
 
 
 def routers(lab: Lab, desk: Desk) -> list[APIRouter]:

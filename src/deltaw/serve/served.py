@@ -101,7 +101,7 @@ class Served:
             raise ServeError(f"The registry has an adapter called {name!r}: promote a version there instead.")
         folder = adapter_folder(path)
         found = self._checked(read_adapter(folder))
-        card = Card(name, None, found.id, partial(self._read, folder, found.id), (), found.spec.name, int(time.time()))
+        card = Card(name, None, found.id, partial(self.read, folder, found.id), (), found.spec.name, int(time.time()))
         self._given = {**self._given, name: card}
         return card
 
@@ -222,11 +222,13 @@ class Served:
 
     def _read_registered(self, reference: str) -> Loaded:
         assert self.registry is not None
-        return self._read(
-            self.registry.folder(reference)
-        )  # which checked every byte, and a number is never given again
+        return self.read(self.registry.folder(reference))  # which checked every byte; a number is never given again
 
-    def _read(self, folder: Path, wanted: str | None = None) -> Loaded:
+    def read(self, folder: Path, wanted: str | None = None) -> Loaded:
+        """The adapter in a folder with its words, for a `Card`. Raises AdapterError, BaseMismatch.
+
+        wanted  the id that it must have
+        """
         adapter = self._checked(read_adapter(folder))
         if wanted is not None and adapter.id != wanted:
             raise AdapterError(f"The adapter in {folder} was changed since it was loaded: load it again.")

@@ -88,6 +88,13 @@ def record_gate(db: Connection, found: Version, label: str, against: int | None,
     db.execute(insert(gates).values(**facts, **asdict(told)))
 
 
+def last_gate(db: Connection, name: str, label: str) -> dict[str, Any] | None:
+    """The newest gate that a version of `name` met on its way to `label`, as it was kept; None: there was none."""
+    own = select(gates).where(gates.c.name == name, gates.c.label == label)
+    row = db.execute(own.order_by(gates.c.seq.desc()).limit(1)).first()
+    return None if row is None else dict(row._mapping)
+
+
 def _put(db: Connection, name: str, label: str, version: int, action: str) -> None:
     before = where(db, name, label)
     if before is None:

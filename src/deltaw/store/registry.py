@@ -151,6 +151,14 @@ class Registry:
                 return catalog.show_name(db, parsed.name)
             return catalog.show_version(db, catalog.find(db, parsed))
 
+    def last_gate(self, name: str, label: str = CURRENT) -> Gate | None:
+        """The gate that was last asked before a promotion of `name` to `label`; None: there was none."""
+        check_name(name)
+        check_label(label)
+        with self.index.reading() as db:
+            met = labels.last_gate(db, name, label)
+        return None if met is None else Gate(met["command"], met["min_gain"], met["min_value"])
+
     # Changing -----------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter | str | Path) -> dict[str, Any]:

@@ -2,4 +2,9 @@
 // `rest` is what the address has after its first slash, `query` a URLSearchParams; `show` draws into `root`, may be
 // async, throws an Error with a sentence, and may give back a function that is called when the page is left.
 
-export const PAGES = [];
+import { page as adapters } from "./adapters.js";
+import { page as ask } from "./ask.js";
+import { page as diagnose } from "./diagnose.js";
+import { page as tables } from "./tables.js";
+
+export const PAGES = [adapters, diagnose, ask, tables];
