@@ -140,9 +140,23 @@ def test_wrong_usage_is_exit_2(deltaw: Call) -> None:
         assert "Usage:" in ended.err
 
 
-def test_control_c_says_how_to_go_on_and_the_same_command_does(written: Path, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "code", "said", "saves"),
+    [
+        (signal.SIGINT, 130, "The same command goes on from the last checkpoint", "train.save_every_s=0"),
+        (
+            signal.SIGTERM,
+            143,
+            "Stopped, with a checkpoint. The same command goes on from there",
+            "train.save_every_s=1000",
+        ),
+    ],
+)
+def test_a_signal_says_how_to_go_on_and_the_same_command_does(
+    written: Path, tmp_path: Path, cache: Path, asked: signal.Signals, code: int, said: str, saves: str
+) -> None:
     """In a process of its own, so that stdout is all of its stdout."""
-    settings = ["train.epochs=200", "train.save_every_s=0", "eval.every_steps=100"]
+    settings = ["train.epochs=200", saves, "eval.every_steps=100"]
     program = "import torch; torch.set_num_threads(1); from deltaw.cli.main import main; main()"
     command = [
         sys.executable,
@@ -169,14 +183,19 @@ def test_control_c_says_how_to_go_on_and_the_same_command_does(written: Path, tm
         for line in process.stdout:
             lines.append(line)
             if len(lines) == 6:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(asked)
         err = process.stderr.read()
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
-    assert "The same command goes on from the last checkpoint" in err
+    assert said in " ".join(err.split())
     assert [json.loads(line)["event"] for line in lines[:2]] == ["start", "step"]
     events = train(load_recipe(written, settings), tmp_path / "run")
-    assert next(iter(events)).first_step >= 2
+    first = next(iter(events)).first_step
+    assert first >= 2
+    if asked == signal.SIGTERM:
+        ended = [json.loads(line) for line in lines]
+        assert ended[-1]["event"] == "saved"
+        assert ended[-1]["step"] == first == ended[-2]["step"], "the present step is kept"
     events.close()
 
 

@@ -314,3 +314,26 @@ def test_rows_that_changed_since_are_refused_before_bad_ones(base: Path, tmp_pat
     stopped_after(1, often(base), tmp_path / "run")
     with pytest.raises(DataError, match="rows line 1"):
         run(often(base), tmp_path / "run", [{"prompt": "x"}])
+
+
+def test_a_run_that_is_asked_to_stop_keeps_that_step_and_goes_on_bit_for_bit(base: Path, tmp_path: Path):
+    plain = recipe(base, eval={"every_steps": 2})
+    whole = run(plain, tmp_path / "whole", valid=VALID)
+    asked = iter([False, True])
+    first = run(plain, tmp_path / "part", valid=VALID, stop=lambda: next(asked))
+    assert isinstance(first[-1], Saved)
+    assert first[-1].step == 2
+    assert isinstance(first[-2], Eval), "the evaluation of that step is not lost"
+    rest = run(plain, tmp_path / "part", valid=VALID, stop=lambda: False)
+    assert rest[0].first_step == 2
+    steps = [e for e in (*first, *rest) if isinstance(e, Step)]
+    kept = (*SAME, "growth")
+    assert [[getattr(e, k) for k in kept] for e in steps] == [
+        [getattr(e, k) for k in kept] for e in whole if isinstance(e, Step)
+    ]
+    assert torch.equal(*(torch.cat([t.flatten() for t in result(tmp_path / n).values()]) for n in ("part", "whole")))
+
+
+def test_a_run_that_is_asked_to_stop_at_its_last_step_is_done(base: Path, tmp_path: Path):
+    events = run(recipe(base, train={"steps": 1}), tmp_path / "run", stop=lambda: True)
+    assert isinstance(events[-1], Done)

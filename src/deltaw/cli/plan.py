@@ -43,7 +43,7 @@ def plan(
 ) -> None:
     """Say what a run would take in memory, by cause, before it is started; or what fits."""
     from deltaw.train import run  # noqa: F401  (what a run imports is part of what it takes)
-    from deltaw.train.fitting import fit
+    from deltaw.train.fitting import fit, work_of_rows
     from deltaw.train.measure import compared, measured
     from deltaw.train.planning import Planner, Work
     from deltaw.train.recipe import load_recipe
@@ -54,7 +54,7 @@ def plan(
         raise BadInput("plan takes a RECIPE or --base, one of the two.")
     if files:
         recipe = load_recipe(files[0], overrides)
-        work = _work_of_rows(recipe) or Work.of_rows(max(1, recipe.train.tokens_per_step // length), length, learned)
+        work = work_of_rows(recipe) or Work.of_rows(max(1, recipe.train.tokens_per_step // length), length, learned)
         memory_gb = memory_gb if memory_gb is not None or recipe.budget is None else recipe.budget.memory_gb
     else:
         flags = {"format": format, "block": block, "double_quant": double_quant or None, "dtype": dtype}
@@ -103,27 +103,6 @@ def _optimizer(name: str | None) -> dict[str, Any]:
     if name is not None and name not in known:
         raise RecipeError(f"--optimizer is {name!r}; write one of {', '.join(known)}.")
     return {"optimizer": known[name]} if name else {}
-
-
-def _work_of_rows(recipe: Any) -> Any:
-    """The heaviest step of the recipe's own rows; None where rows or tokenizer are not there."""
-    from pathlib import Path
-
-    from deltaw.data import encode_all, read_rows
-    from deltaw.data.task import given_labels
-    from deltaw.model.base import task_before
-    from deltaw.model.load import load_tokenizer
-    from deltaw.plan.network import find_config
-    from deltaw.train.fitting import work_of
-
-    folder = find_config(recipe.base.path)[1]
-    if folder is None or recipe.data.train is None or not Path(recipe.data.train).is_file():
-        return None
-    tokenizer = load_tokenizer(folder)
-    task = task_before(folder, given_labels(recipe.data))
-    rows = encode_all(read_rows(recipe.data.train), tokenizer, recipe.data, task).examples
-    valid = recipe.data.valid and encode_all(read_rows(recipe.data.valid), tokenizer, recipe.data, task).examples
-    return work_of(recipe, rows, valid or ())
 
 
 def _print(plain: dict[str, Any], rules: bool) -> None:

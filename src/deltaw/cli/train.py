@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,26 +28,63 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train an adapter. The same command goes on with a run that was stopped, bit for bit."""
+    """Train an adapter. The same command goes on with a run that was stopped, bit for bit.
+
+    Ctrl-C ends it at once; SIGTERM after the present step, with a checkpoint.
+    """
     from deltaw.train.run import train as run
 
     console = Console(stderr=True, markup=False)
-    events = run(
-        recipe,
-        out,
-        overrides=overrides or [],
-        allow_other_machine=allow_other_machine,
-        say=lambda text: console.print(text, highlight=False),
-    )
     try:
-        if as_json:
-            for event in events:
-                typer.echo(json.dumps(event.plain()))
-        else:
-            show_events(events, Console(markup=False))
+        with _asked_to_stop() as asked:
+            events = run(
+                recipe,
+                out,
+                overrides=overrides or [],
+                allow_other_machine=allow_other_machine,
+                say=lambda text: console.print(text, highlight=False),
+                stop=asked,
+            )
+            seen: list[str] = []
+            events = _noting(events, seen)
+            if as_json:
+                for event in events:
+                    typer.echo(json.dumps(event.plain()))
+            else:
+                show_events(events, Console(markup=False))
+            if seen[-1:] != ["done"]:
+                typer.echo("Stopped, with a checkpoint. The same command goes on from there.", err=True)
+                raise typer.Exit(143)
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
+
+
+def _noting(events: Iterator[Any], seen: list[str]) -> Iterator[Any]:
+    for event in events:
+        seen[:] = [event.kind]
+        yield event
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM asks for an end. Before the first step, or asked twice, it is like Ctrl-C."""
+    heard = {"asks": 0, "steps": 0}
+
+    def hear(*_: Any) -> None:
+        heard["asks"] += 1
+        if heard["asks"] > 1 or not heard["steps"]:
+            raise KeyboardInterrupt
+
+    def asked() -> bool:
+        heard["steps"] += 1
+        return heard["asks"] > 0
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def show_events(events: Any, console: Console) -> None:
@@ -59,7 +99,7 @@ def show_events(events: Any, console: Console) -> None:
     first = next(events)  # what cannot begin is an error, without a bar
     with bar:
         task = bar.add_task("train", total=None, state="loading")
-        last_line = 0.0
+        last_line, grown = 0.0, ""
         for event in chain([first], events):
             e = event.plain()
             kind = e["event"]
@@ -76,7 +116,8 @@ def show_events(events: Any, console: Console) -> None:
                 )
             elif kind == "step":
                 memory = "" if e["peak_rss_mb"] is None else f", peak {e['peak_rss_mb'] / 1000:.1f} GB"
-                state = f"loss {e['loss']:.4f}, {e['tokens_per_s']:.0f} tokens/s{memory}"
+                grown = grown if e["growth"] is None else f", dW {100 * e['growth']:.2g} % of W"
+                state = f"loss {e['loss']:.4f}, {e['tokens_per_s']:.0f} tokens/s{memory}{grown}"
                 bar.update(task, completed=e["step"], state=state)
                 if not console.is_terminal and time.monotonic() - last_line > 15:
                     console.print(f"step {e['step']}: {state}", highlight=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from deltaw.core.affine import Affine
@@ -45,8 +45,8 @@ def _finite_not_zero(value: float) -> float:
     return value
 
 
-Count = Annotated[int, AfterValidator(_at_least_one)]
-Share = Annotated[float, AfterValidator(_below_one)]
+Count = Annotated[int, AfterValidator(_at_least_one), Field(json_schema_extra={"minimum": 1})]
+Share = Annotated[float, AfterValidator(_below_one), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
 Factor = Annotated[float, AfterValidator(_finite_not_zero)]
 
 

@@ -30,7 +30,7 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class LowRank(MethodSpec):
     """Settings of methods with factors A [rank, in] and B [out, rank].
 
-    rank, alpha                  alpha / rank is the scale (alpha / sqrt(rank) with `rslora`)
+    rank, alpha, rslora          alpha / rank is the scale (alpha / sqrt(rank) with `rslora`)
     dropout                      on the input of A, in training only
     rank_pattern, alpha_pattern  {name or expression: value} for single modules; matched as PEFT does,
                                  at the end of the path, the first match wins

@@ -10,6 +10,8 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def resident_bytes() -> int | None:
@@ -35,6 +37,22 @@ def forget_peak() -> bool:
         _CLEAR.write_text("5")
         return True
     return False
+
+
+def machine_bytes() -> tuple[int, int] | None:
+    """The machine's memory and what of it is free for a new process, in bytes; None where the system does not say.
+
+    A control group's limit (version 2, of a container) counts as the machine's memory.
+    """
+    if not _MACHINE.is_file():
+        return None
+    lines = (line.split() for line in _MACHINE.read_text(encoding="ascii").splitlines())
+    found = {line[0]: int(line[1]) * 1024 for line in lines}
+    total, free = found["MemTotal:"], found["MemAvailable:"]
+    with suppress(OSError, ValueError):  # no such group, or "max"
+        limit = int((_GROUP / "memory.max").read_text())
+        total, free = min(total, limit), min(free, limit - int((_GROUP / "memory.current").read_text()))
+    return total, max(0, free)
 
 
 def _status(key: str) -> int | None:

@@ -34,6 +34,7 @@ from deltaw.ops import native
 from deltaw.store.files import whole_folder, write_text
 
 KEEP = 2
+BRIEFLY_S = 0.5
 _LEFT = re.compile(r"\.(adapter|last|model|run\.json|done\.json|\d{8})\.[0-9a-f]{8}(\.part|\.old)?")
 """Names under which store/files.py writes aside."""
 
@@ -65,13 +66,26 @@ def locked(out: Path) -> Iterator[None]:
         raise RunError(f"{out} cannot be a run's folder: {error.strerror}. Choose another --out.") from None
     lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=BRIEFLY_S)
     except Timeout:
         raise RunError(f"Another process is training in {out}. Wait for it, or choose another --out.") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def is_training(out: Path) -> bool:
+    """Whether a process trains in `out` now. Its lock is taken for a moment, for which `locked` waits."""
+    if not (out / ".lock").is_file():
+        return False
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> bool:

@@ -58,6 +58,7 @@ class Start(Event):
 class Step(Event):
     """One optimizer step; `loss` is the mean over its target tokens, before the update.
 
+    growth     norm of dW over norm of W after the update (growth.py), about twenty times a run; None at other steps
     paged_mb   10^6 bytes of optimizer states that were read and written; None: states are not paged
     """
 
@@ -71,6 +72,7 @@ class Step(Event):
     seconds: float
     tokens_per_s: float
     peak_rss_mb: float | None
+    growth: float | None = None
     paged_mb: float | None = None
 
 

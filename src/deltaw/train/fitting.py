@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltaw.data.template import Example
+from deltaw.data.source import read_rows
+from deltaw.data.task import given_labels
+from deltaw.data.template import Example, encode_all
 from deltaw.errors import BudgetError
+from deltaw.model.base import task_before
+from deltaw.model.load import load_tokenizer
+from deltaw.plan.network import find_config
 from deltaw.plan.plan import Plan
 from deltaw.store.files import write_text
 from deltaw.train.events import Planned
@@ -121,6 +126,23 @@ def work_of(recipe: Recipe, examples: Sequence[Example], valid: Sequence[Example
             break
         pack.append((len(e.input_ids), e.n_targets))
     return Work([(len(examples[i].input_ids), examples[i].n_targets) for i in heaviest], pack)
+
+
+def work_of_rows(recipe: Recipe) -> Work | None:
+    """The same for the recipe's own files of rows; None where rows or tokenizer are not there.
+
+    Raises DataError, BaseError as training would.
+    """
+    folder = find_config(recipe.base.path)[1]
+    if folder is None or recipe.data.train is None or not Path(recipe.data.train).is_file():
+        return None
+    tokenizer = load_tokenizer(folder)
+    task = task_before(folder, given_labels(recipe.data))
+
+    def encoded(path: str) -> list[Example]:
+        return encode_all(read_rows(path), tokenizer, recipe.data, task).examples
+
+    return work_of(recipe, encoded(recipe.data.train), encoded(recipe.data.valid) if recipe.data.valid else ())
 
 
 def chosen_before(out: Path, recipe: Recipe) -> Recipe | None:

@@ -17,6 +17,7 @@ from deltaw.data.template import Example
 from deltaw.errors import WorkFailed
 from deltaw.model.model import Model
 from deltaw.train.events import Eval, Event, Step
+from deltaw.train.growth import growth, growth_due
 from deltaw.train.loss import find_loss
 from deltaw.train.optimizer import learning_rate, make_optimizer, optimizer_state, restore_optimizer
 from deltaw.train.recipe import Recipe
@@ -97,12 +98,17 @@ class Loop:
         """Step until the end, yielding each step and evaluation. State is consistent whenever it yields."""
         progress = self.progress
         began, before = time.perf_counter(), progress.loop_s
-        while progress.step < self.schedule.n_steps and not progress.stopped_early:
+        while not self.finished:
             yield self._step()
             progress.loop_s = before + time.perf_counter() - began
             if self.eval_due():
                 yield self._evaluate()
             progress.loop_s = before + time.perf_counter() - began
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.schedule.n_steps or self.progress.stopped_early
 
     def eval_due(self) -> bool:
         """Whether an evaluation follows the step just done."""
@@ -153,6 +159,7 @@ class Loop:
             seconds=took,
             tokens_per_s=tokens / took,
             peak_rss_mb=peak_rss_mb(),
+            growth=growth(self.model) if growth_due(progress.step, self.schedule.n_steps) else None,
             paged_mb=None if moved is None else moved / 1e6,
         )
 

@@ -67,15 +67,18 @@ class Work:
 
 
 class Planner:
-    """Plans one recipe's base and method; traces are kept, so that many settings are cheap to compare."""
+    """Plans one recipe's base and method; traces are kept, so that many settings are cheap to compare.
 
-    def __init__(self, recipe: Recipe, work: Work) -> None:
+    imports   bytes of Python and its libraries in the process that will train; None: what this process has now
+    """
+
+    def __init__(self, recipe: Recipe, work: Work, imports: int | None = None) -> None:
         self.recipe = recipe
         self.work = work
         self.config, self.folder = find_config(recipe.base.path)
         if wants_labels(self.config) or recipe.data.labels is not None:  # a text has one label behind it
             self.work = Work([(n if t == 1 else n + 1, 1) for n, t in work.step], work.evaluation)
-        self.runtime = (resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
+        self.runtime = (imports or resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
         self._models: dict[Base, tuple[Model, Counts]] = {}
         self._traces: dict[tuple[Any, ...], dict[str, int]] = {}
         self._optimizers: dict[tuple[Any, ...], int] = {}

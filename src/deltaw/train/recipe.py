@@ -24,16 +24,18 @@ _STRICT = ConfigDict(frozen=True, extra="forbid")
 class BaseSpec(BaseModel):
     """The base: where it is, how its weights are kept, and the dtype it computes in.
 
+    path                 a folder, a hub id or a starter's name
     format               of its linear maps: dense (as the folder has them), or nf4, fp4, int4, int8 (quantised on load)
     block, double_quant  of a quantised format: values that share a scale; scales in 8 bits too
+    dtype                in which it computes; auto: what is fastest here without losing what is learned
     device               cpu, cuda, or cuda:N: where the run computes
     """
 
     model_config = _STRICT
 
     path: str
-    format: str = "dense"
-    block: int = 64
+    format: str = Field(default="dense", json_schema_extra={"enum": list(FORMATS)})
+    block: int = Field(default=64, json_schema_extra={"enum": list(BLOCKS)})
     double_quant: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
@@ -57,9 +59,16 @@ class TrainSpec(BaseModel):
     micro_tokens      tokens computed at a time (bounds memory, does not change the result); None: all at once
     lr                highest learning rate; None: what suits the method (docs/methods)
     schedule          of the learning rate after warm-up: cosine or linear to `final_lr_ratio`, or constant
+    warmup_ratio      share of the steps in which the learning rate rises from 0
+    final_lr_ratio    last learning rate over `lr`
     clip              largest norm of the whole gradient; 0 switches it off
+    seed              of fresh parameters, the order of rows and dropout
+    loss              sft: negative log-likelihood of the target tokens
+    optimizer         its settings, or its name alone
     checkpointing     recompute activations in the backward instead of keeping them
     save_every_s      seconds between checkpoints (0: after each step)
+    threads           of the processor; None: as many as PyTorch takes
+    tensorboard       write scalars for TensorBoard too
     """
 
     model_config = _STRICT
@@ -154,7 +163,10 @@ class EvalSpec(BaseModel):
 
 
 class BudgetSpec(BaseModel):
-    """What a run may take. memory_gb: of resident memory in the whole process (10^9 bytes)."""
+    """What a run may take.
+
+    memory_gb   of resident memory in the whole process (10^9 bytes)
+    """
 
     model_config = _STRICT
 

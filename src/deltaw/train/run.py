@@ -61,8 +61,9 @@ def train(
     allow_other_machine: bool = False,
     parents: Iterable[str] = (),
     say: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[Event]:
-    """Train what `recipe` says, yielding events; the last is Done.
+    """Train what `recipe` says, yielding events; the last is Done, or Saved where `stop` ended the run.
 
     out                  the run's folder, "runs/<recipe's name>" by default. The same recipe and data in the
                          same folder go on where they stopped, bit for bit; another run there is refused
@@ -70,6 +71,7 @@ def train(
     train_rows           rows in memory (or a path) instead of data.train; valid_rows likewise
     allow_other_machine  go on although machine, threads or versions differ from when the run began
     parents              ids of the adapters that this one follows, for its provenance
+    stop                 asked after each step (and its evaluation): True keeps a checkpoint there and ends the run
 
     Raises RecipeError, DataError, RunError, ... for bad input, WorkFailed when the loss is not finite or the
     disk is full. Nothing runs before the first event is asked for.
@@ -90,7 +92,7 @@ def train(
             "would be rounded away. Use base.dtype=float32."
         )
     with locked(folder):
-        yield from _train(loaded, folder, rows, valid, labels, list(parents), allow_other_machine, say)
+        yield from _train(loaded, folder, rows, valid, labels, list(parents), allow_other_machine, say, stop)
 
 
 def _rows(source: Rows | None, what: str) -> list[Row]:
@@ -120,6 +122,7 @@ def _train(
     parents: list[str],
     allow_other_machine: bool,
     say: Callable[[str], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> Iterator[Event]:
     asked, plan = recipe, None
     if recipe.budget is not None:
@@ -141,8 +144,7 @@ def _train(
         **({"parents": parents} if parents else {}),
     }
     was_there = find_run(out, identity, allow_other_machine)
-    finished = out / "done.json"
-    if was_there and finished.exists():
+    if was_there and (finished := out / "done.json").exists():
         yield _done_before(out, finished, "model" if recipe.adapter.trains_base else "adapter")
         return
     calibration = _calibration(model, recipe, rows) if recipe.adapter.calibrates else ()
@@ -163,7 +165,7 @@ def _train(
     board = [TensorBoard(out / "tensorboard", loop.progress.step)] if recipe.train.tensorboard else []
     sinks: list[Any] = [metrics := MetricsFile(out / "metrics.jsonl", keep_bytes), *board]
     try:
-        for event in _events(loop, encoded, identity, out, metrics):
+        for event in _events(loop, encoded, identity, out, metrics, stop):
             if not isinstance(event, Saved):
                 for sink in sinks:
                     sink.write(event)
@@ -235,7 +237,14 @@ def _evaluation(model: Model, recipe: Recipe, valid: list[Row] | None, labels: l
     return evaluate
 
 
-def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, metrics: MetricsFile) -> Iterator[Event]:
+def _events(
+    loop: Loop,
+    encoded: Encoded,
+    identity: dict[str, Any],
+    out: Path,
+    metrics: MetricsFile,
+    stop: Callable[[], bool] | None,
+) -> Iterator[Event]:
     progress, recipe = loop.progress, loop.recipe
     model = loop.model
     yield Start(
@@ -259,10 +268,13 @@ def _events(loop: Loop, encoded: Encoded, identity: dict[str, Any], out: Path, m
         if is_best and recipe.eval.keep == "best":
             _save_result(loop, identity, out)
         settled = isinstance(event, Eval) or not loop.eval_due()  # never between a step and its evaluation
-        if is_best or (settled and time.perf_counter() - saved_at >= recipe.train.save_every_s):
+        ends = settled and stop is not None and stop() and not loop.finished
+        if is_best or ends or (settled and time.perf_counter() - saved_at >= recipe.train.save_every_s):
             state = asdict(progress) | {"metrics_bytes": metrics.position()}
             yield Saved(progress.step, str(save_checkpoint(out, progress.step, loop.state(), state)))
             saved_at = time.perf_counter()
+        if ends:
+            return
     if recipe.eval.keep == "last" or progress.best is None:
         _save_result(loop, identity, out)
     elif not recipe.adapter.trains_base:

@@ -55,6 +55,8 @@ class TensorBoard:
         if isinstance(event, Step):
             for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
                 self._writer.add_scalar(f"train/{key}", getattr(event, key), event.step)
+            if event.growth is not None:
+                self._writer.add_scalar("train/growth", event.growth, event.step)
         elif isinstance(event, Eval):
             self._writer.add_scalar(f"valid/{event.metric}", event.value, event.step)
 

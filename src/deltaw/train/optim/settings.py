@@ -19,6 +19,9 @@ class OptimizerSpec(BaseModel):
     """AdamW's settings, and those of what is built on it.
 
     name              adamw; lora_plus: AdamW with lora_plus_ratio 16; galore: AdamW on projected gradients, for `full`
+    weight_decay      decoupled, as AdamW's
+    betas             decay of the two moments
+    eps               added to the root of the second moment
     lora_plus_ratio   B's learning rate over A's (LoRA+, arXiv:2402.12354; 16 there)
     rank              of GaLore's projections (arXiv:2403.03507)
     update_every      updates after which GaLore projects anew
