@@ -57,7 +57,7 @@ def lab(
     if not is_loopback(host):
         say(f"warning: {host} is reached from other machines, and the lab has no passwords.")
     say(f"the lab is at http://{host}:{port}/ (Ctrl-C ends it)")
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)  # streams have no end
 
 
 def _named(given: str) -> tuple[str, str]:

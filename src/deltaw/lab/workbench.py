@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from fastapi import APIRouter
 
-from deltaw.lab import work_adapters, work_ask, work_diagnose, work_tables
+from deltaw.lab import work_adapters, work_ask, work_diagnose, work_runs, work_tables, work_train
 from deltaw.lab.base import Lab
 from deltaw.lab.desk import Desk
 
 _ROUTERS: tuple[Callable[[Lab, Desk], APIRouter], ...] = (
+    work_train.router,
+    work_runs.router,
     work_adapters.router,
     work_diagnose.router,
     work_ask.router,

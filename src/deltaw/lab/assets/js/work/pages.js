@@ -4,7 +4,10 @@
 
 import { page as adapters } from "./adapters.js";
 import { page as ask } from "./ask.js";
+import { page as compare } from "./compare.js";
 import { page as diagnose } from "./diagnose.js";
+import { page as runs } from "./runs.js";
 import { page as tables } from "./tables.js";
+import { page as train } from "./train.js";
 
-export const PAGES = [adapters, diagnose, ask, tables];
+export const PAGES = [train, runs, compare, adapters, diagnose, ask, tables];
