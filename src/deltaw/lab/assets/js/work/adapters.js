@@ -23,7 +23,7 @@ async function names(root, query) {
     const turn = ++mine;
     const asked = new URLSearchParams({ search: search.value, page: String(page) });
     const told = await ask(`adapters?${asked}`);
-    if (turn !== mine) return;
+    if (turn !== mine || !root.isConnected) return; // a page that was left leaves the address alone
     const state = [search.value && `search=${encodeURIComponent(search.value)}`, told.page > 1 && `page=${told.page}`].filter(Boolean).join("&");
     history.replaceState(null, "", `#adapters${state ? `?${state}` : ""}`);
     list.replaceChildren(...listed(told, (n) => { page = n; show().catch(say.problem); }));

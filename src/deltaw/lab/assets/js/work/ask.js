@@ -8,6 +8,7 @@ const nameOf = (asked) => asked.replace(/^\w+:/, "");
 
 async function show(root, rest, query) {
   let told = await ask("ask/choices");
+  if (!root.isConnected) return undefined; // a page that was left leaves the address alone
   const number = (name, low, high, step, fallback) => make("input", { type: "number", min: low, max: high, step, value: query.get(name) ?? fallback });
   const chosen = new Map();
   const say = teller();

@@ -53,9 +53,9 @@ async function list(root) {
 
 async function single(root, name) {
   const path = `runs/${encodeURIComponent(name)}`;
-  let run = await ask(path);
-  document.getElementById("title").textContent = `Run ${name}`;
+  document.getElementById("title").textContent = `Run ${name}`; // before it waits: by then another page may be there
   document.title = `${name} - deltaw lab`;
+  let run = await ask(path);
   const state = make("p", { class: "verdict", role: "status" });
   const line = teller();
   const bar = make("progress", { "aria-label": "Steps done" });

@@ -15,6 +15,7 @@ const gb = (bytes) => `${(bytes / 1e9).toFixed(bytes < 1e7 ? 4 : 2)} GB`;
 
 async function show(root, rest, query) {
   const [form, kept, runs] = await Promise.all([ask("train/form"), ask("data"), ask("runs")]);
+  if (!root.isConnected) return undefined; // the page was left meanwhile
   const taken = new Set(runs.runs.map((run) => run.name));
   const methods = new Map(form.methods.map((m) => [m.name, m]));
   if (query.get("from")) await takeOver(query.get("from"), form);
@@ -202,7 +203,7 @@ function planned(form, taken) {
     try {
       const run = await post("runs", { name: name.value, recipe: recipeOf(draft.method, draft.values) });
       draft.name = "";
-      location.hash = `#runs/${run.name}`;
+      if (!gone) location.hash = `#runs/${run.name}`;
     } catch (problem) {
       say.problem(problem);
       start.disabled = false;
