@@ -8,6 +8,7 @@ from typing import Any
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.lab.base import Lab
 from deltaw.lab.desk import Desk, desk_in
 from deltaw.methods import Lora
 from deltaw.model.base import load_base
@@ -70,3 +71,13 @@ def copied(desk: Desk, root: Path) -> Desk:
     """The same desk elsewhere, to be changed."""
     shutil.copytree(desk.runs, root / "runs", symlinks=True)
     return desk_in(root / "runs")
+
+
+def exact_lab(base: Path, **given: Path) -> Lab:
+    """A lab that computes in float32, where answers do not depend on who else is asked."""
+    lab = Lab(str(base), given)
+    lab.model = load_base(base, dtype="float32")
+    for name, folder in given.items():
+        lab.model.attach(folder, name)
+    lab.model.use(None)
+    return lab

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
-from desk_bench import HERE, SAME, filled, noise, real_run
+from desk_bench import HERE, SAME, exact_lab, filled, noise, real_run
 from fastapi.testclient import TestClient
 from lab_bench import Bench
 
@@ -43,7 +43,7 @@ def desk(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
 @pytest.fixture(scope="module")
 def lab(tiny_folder: Path, desk: Desk) -> Lab:
     """A lab with an adapter that it was given."""
-    return Lab(str(tiny_folder), {"mine": desk.runs / "first"})
+    return exact_lab(tiny_folder, mine=desk.runs / "first")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def ask(client: TestClient, *adapters: str, **settings: Any) -> tuple[list[dict[
 
 def alone(base: Path, adapter: Adapter | Path | None, n: int = 12) -> str:
     """What `deltaw generate` answers."""
-    model = load_base(base, dtype="auto")
+    model = load_base(base, dtype="float32")
     row, spec = Row(prompt=PROMPT, completion="", source="x"), data_spec(model, None, 99)
     ids = prompt_ids(row, model.tokenizer, spec, model.task)
     if adapter is not None:
@@ -124,7 +124,7 @@ def test_lab_work_ask_a_column_that_cannot_answer_says_why_and_the_others_answer
     assert "Other-7B" in ends[0]
     assert "holds NaN or Inf" in ends[1]
     assert "No adapter is called 'nobody'" in ends[2]
-    assert "No run is called '../first'" in ends[3]
+    assert "there is no run '../first'" in ends[3]
     assert "says no adapter" in ends[4]
     assert ends[5] is None
     assert texts[:5] == [""] * 5

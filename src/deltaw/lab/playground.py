@@ -101,7 +101,7 @@ class Playground:
         """The engine with its adapters, made on first use. Raises BaseError, ServeError."""
         with self._making:
             if self._served is None:
-                model = load_base(self.lab.base, dtype="auto", say=self.lab.say)
+                model = load_base(self.lab.base, dtype=str(self.lab.model.net.dtype), say=self.lab.say)
                 engine = Engine(model, kv_bytes=KV_BYTES, max_sequences=64)
                 self._served = Served(model, engine, "base", host_bytes=self._bytes, active_bytes=self._bytes)
             return self._served

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaw.errors import NotFound, near
+from deltaw.errors import NotFound
 from deltaw.lab.desk import Desk
+from deltaw.lab.run_files import RunFiles
 from deltaw.store.describe import is_adapter, is_run
 
 if TYPE_CHECKING:
@@ -14,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def find_run(desk: Desk, name: str) -> Path:
-    """The folder of a run. A name is that of a folder in `desk.runs` and nothing else. Raises NotFound."""
-    plain = Path(name).name == name and "\0" not in name and len(name) < 256
-    if not plain or not is_run(desk.runs / name):
-        raise NotFound(f"No run is called {name[:80]!r} in {desk.runs}.{near(name[:80], run_names(desk))}")
-    return desk.runs / name
+    """The folder of a run that has begun. Raises NotFound."""
+    folder = RunFiles(desk.runs).find(name)
+    if not is_run(folder):
+        raise NotFound(f"the run {name!r} has not begun yet: nothing lies in {folder}.")
+    return folder
 
 
 def run_names(desk: Desk, *, with_adapter: bool = False) -> list[str]:
-    """The runs of a desk by name; with_adapter: only those that have left one."""
-    if not desk.runs.is_dir():
-        return []
-    return sorted(p.name for p in desk.runs.iterdir() if is_run(p) and (not with_adapter or is_adapter(p)))
+    """The runs of a desk that have begun, by name; with_adapter: only those that have left one."""
+    files = RunFiles(desk.runs)
+    begun = [(n, files.folder(n)) for n in files.names()]
+    return [n for n, path in begun if is_run(path) and (not with_adapter or is_adapter(path))]
 
 
 def open_registry(desk: Desk, *, create: bool = False) -> Registry:

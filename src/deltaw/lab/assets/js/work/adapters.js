@@ -108,8 +108,9 @@ async function one(root, name) {
     leave = draw(body, told, async (work, done) => {
       try {
         say("Working ...");
-        say(done(await work()));
+        const told = done(await work());
         await show();
+        say(told);
       } catch (problem) { say.problem(problem); }
     });
   }

@@ -1,6 +1,6 @@
 // A diagnosis as pictures: findings first, then what they stand on.
 
-import { css, legend } from "../charts.js";
+import { css, legend, ramp } from "../charts.js";
 import { ask, button, field, link, make, post, table, teller } from "./ui.js";
 import { Plot, SHAPES, again, count, d3, drawn, value } from "./show.js";
 
@@ -210,7 +210,11 @@ function spectra(root, told, draws) {
         marks: [Plot.cell(layered, { x: "layer", y: "role", fill: used, inset: 0.5, title: (p) => `${p.name}: ${p.spectrum.rank_99} of ${given(p)}` }),
           ...(width > 600 ? [Plot.text(layered, { x: "layer", y: "role", text: (p) => p.spectrum.rank_99, fill: (p) => (used(p) > 0.6 ? "#000" : "#fff"), fontSize: 11 })] : [])],
       })));
-    root.append(make("p", { class: "flow" }, "the number is the rank in use; dark uses few of the ranks that it was given, bright all of them"));
+    const bar = make("div", {});
+    const fill = () => bar.replaceChildren(ramp("rank in use over the rank given", "1", d3.interpolateViridis));
+    fill();
+    root.append(bar);
+    draws.push(fill);
   }
   const select = make("select", {});
   select.add(new Option("every kind (medians)", ""));
