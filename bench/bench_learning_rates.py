@@ -3,11 +3,12 @@
 The naive answer it must beat: one rate for all (LoRA's 5e-4). What would change our mind: a method whose best rate at
 this budget is at an end of its grid, or loses to its neighbour on another seed.
 
-    .venv/bin/python bench/bench_learning_rates.py [--methods lora vera] [--tokens 15000] [--seed 0]
+    .venv/bin/python bench/bench_learning_rates.py [--methods lora vera] [--task supersense] [--tokens 15000] [--seed 0]
 
-Trains each method on supersense at each rate of its grid, for one budget of tokens, and prints the loss and the exact
-matches on validation rows; appends a JSON row each to bench/results/learning_rates.jsonl. `--table` writes the newest
-rows into docs/methods/index.md, between their marks.
+Trains each method on a task at each rate of its grid, for one budget of tokens, and prints the loss and the exact
+matches on validation rows, by which a rate is chosen, those on test rows, which are only reported, and the perplexity
+of Wikipedia text, which says what was forgotten; appends a JSON row each
+to bench/results/learning_rates.jsonl. `--table` writes the newest rows into docs/methods/index.md, between their marks.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from method_settings import METHODS
+from workers import identity
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data" / "supersense"
+TASKS = ("supersense", "address_json")
+WIKI = ROOT / "data" / "ppl" / "wiki.jsonl"
 RESULTS = ROOT / "bench" / "results" / "learning_rates.jsonl"
 MARKS = re.compile(r"(<!-- rates: begin -->\n).*?(<!-- rates: end -->)", re.DOTALL)
 GRIDS: dict[str, list[float]] = {
@@ -48,7 +50,7 @@ GRIDS: dict[str, list[float]] = {
 }
 
 
-def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
+def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, Any]:
     """Train and judge once, in this process."""
     import deltaw
     from deltaw.data.source import read_rows
@@ -74,9 +76,10 @@ def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
         },
         "eval": {"keep": "last"},
     }
-    valid = read_rows(DATA / "valid.jsonl")
+    data = ROOT / "data" / task
+    valid = read_rows(data / "valid.jsonl")
     with tempfile.TemporaryDirectory() as folder:
-        *_, done = deltaw.train(recipe, Path(folder) / "run", train_rows=DATA / "train.jsonl")
+        *_, done = deltaw.train(recipe, Path(folder) / "run", train_rows=data / "train.jsonl")
         b = recipe["base"]
         if done.adapter:
             model = deltaw.load_base(
@@ -88,7 +91,10 @@ def one(label: str, lr: float, tokens: int, seed: int) -> dict[str, Any]:
         examples = encode_all(valid, model.tokenizer, spec).examples
         loss = mean_loss(model, examples, sft)
         exact = evaluate_rows(model, valid[:100], "exact", spec)["value"]
-    return {"loss": loss, "exact": exact, "seconds": done.seconds, "tokens": done.tokens}
+        test = evaluate_rows(model, read_rows(data / "test.jsonl")[:200], "exact", spec)["value"]
+        wiki = evaluate_rows(model, read_rows(WIKI), "perplexity", DataSpec(max_tokens=2048))["value"]
+    judged = {"loss": loss, "exact": exact, "test": test, "wiki": wiki}
+    return judged | {"seconds": done.seconds, "tokens": done.tokens}
 
 
 def write_table() -> None:
@@ -122,6 +128,7 @@ def write_table() -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    p.add_argument("--task", default=TASKS[0], choices=TASKS)
     p.add_argument("--rates", type=float, nargs="+", help="instead of the method's grid")
     p.add_argument("--tokens", type=int, default=15_000)
     p.add_argument("--seed", type=int, default=0)
@@ -129,16 +136,16 @@ def main() -> None:
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
-        print(json.dumps(one(args.one, args.rates[0], args.tokens, args.seed)))
+        print(json.dumps(one(args.one, args.rates[0], args.task, args.tokens, args.seed)))
         return
     if args.table:
         write_table()
         return
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     for label in args.methods:
         for lr in args.rates or GRIDS[label]:
+            told_first = identity("learning_rates")
             command = [sys.executable, __file__, "--one", label, "--rates", str(lr)]
-            command += ["--tokens", str(args.tokens), "--seed", str(args.seed)]
+            command += ["--task", args.task, "--tokens", str(args.tokens), "--seed", str(args.seed)]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
                 lines = ended.stderr.strip().splitlines() or ["no message"]
@@ -146,13 +153,14 @@ def main() -> None:
                 print(f"{label:10} {lr:8g}  {found['failed'][:90]}", flush=True)
             else:
                 found = json.loads(ended.stdout.strip().splitlines()[-1])
-                print(f"{label:10} {lr:8g}  loss {found['loss']:.4f}  exact {found['exact']:.2f}", flush=True)
+                told = "  ".join(f"{name} {found[name]:.4g}" for name in ("loss", "exact", "test", "wiki"))
+                print(f"{label:10} {args.task:12} {lr:8g}  {told}", flush=True)
             row = {
-                "bench": "learning_rates",
-                "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "commit": git.stdout.strip() or None,
+                **told_first,
                 "method": label,
                 "settings": METHODS[label],
+                "task": args.task,
+                "budget": args.tokens,
                 "lr": lr,
                 "seed": args.seed,
                 **found,

@@ -29,6 +29,7 @@ from deltaw.train.evaluate import evaluate_rows
 from train.tiny_runs import ROWS, VALID, events_in, recipe, run, write_rows
 
 KEYS = ["out", "base", "format", "bits", "n_quantised", "quantised_bytes", "dense_bytes", "size_bytes", "seconds"]
+KEYS += ["calibration"]
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def test_quantize_says_what_it_wrote(deltaw: Call, base: Path, tmp_path: Path) -
     assert ended.err == f"quantising {base} to nf4-32+dq\n"
     told = ended.json
     assert list(told) == KEYS
+    assert told["calibration"] is None
     model = load_base(out)
     weights = frozen_weights(model.net).values()
     n_bytes, n_values = sum(w.nbytes() for w in weights), sum(w.in_features * w.out_features for w in weights)
@@ -58,6 +60,23 @@ def test_quantize_says_what_it_wrote(deltaw: Call, base: Path, tmp_path: Path) -
     assert {p.dtype for p in load_base(tmp_path / "more", dtype="bfloat16").net.parameters()} == {torch.bfloat16}
     head = load_file(tmp_path / "more" / "model.safetensors")["lm_head.weight"]
     assert head.dtype == torch.bfloat16
+
+
+def test_quantize_for_a_text_says_so_and_inspect_shows_it(deltaw: Call, base: Path, tmp_path: Path) -> None:
+    text = write_rows(tmp_path / "text.jsonl", ROWS * 9)
+    how = ("--base", base, "--calibrate", text, "--calibrate-tokens", 700)
+    ended = deltaw("quantize", *how, "--out", tmp_path / "out", "--json")
+    assert ended.code == 0
+    assert ended.err == f"quantising {base} to nf4\ncalibrating on 640 tokens of {text}\n"
+    told = ended.json["calibration"]
+    assert (told["data"], told["tokens"], told["window"], told["maps"]) == ("text.jsonl", 640, 64, 14)
+    assert deltaw("inspect", tmp_path / "out", "--json").json["calibration"] == told
+    shown = deltaw("inspect", tmp_path / "out").out
+    assert "calibration" in shown
+    assert "text.jsonl" in shown
+    few = deltaw("quantize", *how[:-1], 60, "--out", tmp_path / "more", "--json")
+    assert (few.code, few.out) == (2, "")
+    assert "DataError: calibration has 0 tokens (windows of 64), and the widest map has 40 inputs." in few.err
 
 
 def test_quantize_refuses_in_one_sentence_and_writes_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,17 +15,25 @@ def quantize(
     format: Annotated[str, typer.Option(help="nf4, fp4, int4 or int8.")] = "nf4",
     block: Annotated[int, typer.Option(help="Values that share a scale: a power of two from 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="Keep the scales in 8 bits too.")] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to choose the codes for (rows, or a .txt file), where the nearest levels are not enough."
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(min=1, help="Most of that text to read.")] = 16_384,
     dtype: Annotated[
         str | None, typer.Option(help="Of what stays dense (head, embeddings, norms); by default what the base has.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantise a base once and keep it; nf4 and fp4 load in transformers with bitsandbytes too."""
-    from deltaw.merge.quantise import quantise_base
+    from deltaw.merge.quantise import Calibration, quantise_base
     from deltaw.model.quantised import Format
 
     how = Format(format, block, double_quant)
-    report = quantise_base(base, out, how, dtype=dtype, say=lambda line: typer.echo(line, err=True))
+    text = None if calibrate is None else Calibration(calibrate, calibrate_tokens)
+    report = quantise_base(base, out, how, dtype=dtype, calibration=text, say=lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
     else:

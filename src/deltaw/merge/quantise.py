@@ -14,14 +14,47 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.core.fingerprint import SOURCE_FILE, fingerprint_folder
-from deltaw.errors import BaseError
+from deltaw.data.source import Row, data_hash, read_rows
+from deltaw.data.spec import DataSpec
+from deltaw.data.template import encode_all
+from deltaw.errors import BaseError, DataError
+from deltaw.formats.calibrate import DAMPING
 from deltaw.merge.checkpoint import SHARD_BYTES, Planned, write_shards
 from deltaw.merge.write import refuse_used, write_beside, write_config
-from deltaw.model.load import DTYPES, load_transformers, resolve_base
+from deltaw.model.calibrated import calibrate, windows
+from deltaw.model.load import DTYPES, load_tokenizer, load_transformers, resolve_base
+from deltaw.model.originals import originals
 from deltaw.model.quantised import Format, frozen_weights, saved_config
+from deltaw.model.sites import find_sites
 from deltaw.store.files import whole_folder, write_text
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that codes are chosen for.
+
+    data    a file of rows (what `read_rows` reads), or a .txt file: one document
+    tokens  most of it to read, in its order
+    """
+
+    data: str | Path
+    tokens: int = 16_384
+
+    def rows(self) -> list[Row]:
+        """The documents. Raises DataError."""
+        if Path(self.data).suffix != ".txt":
+            return read_rows(self.data)
+        try:
+            text = Path(self.data).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise DataError(
+                f"the text {str(self.data)!r} cannot be read: {problem}.\n  Give a UTF-8 file."
+            ) from problem
+        if not text.strip():
+            raise DataError(f"{self.data} is empty.\n  Give a file with text to calibrate on.")
+        return [Row(text=text, source=str(self.data))]
 
 
 @dataclass(frozen=True)
@@ -33,6 +66,8 @@ class QuantiseReport:
     n_quantised       linear maps in that format
     quantised_bytes   of those maps, constants included; dense_bytes is everything else
     size_bytes        of the weight files
+    calibration       what codes were chosen for: the data's name and hash, tokens, window, damping, maps reached; None
+                      where each value has its nearest level
     """
 
     out: str
@@ -44,6 +79,7 @@ class QuantiseReport:
     dense_bytes: int
     size_bytes: int
     seconds: float
+    calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -56,6 +92,7 @@ def quantise_base(
     how: Format,
     *,
     dtype: str | None = None,
+    calibration: Calibration | None = None,
     say: Say | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantiseReport:
@@ -65,8 +102,9 @@ def quantise_base(
     out    a folder that is not there yet, or empty
     how    format, block size, double quantisation
     dtype  of what stays dense (head, embeddings, norms, biases); None: the checkpoint's
+    calibration  text to choose the codes for (GPTQ); None: the nearest levels, which are bitsandbytes' own bytes
 
-    Raises BaseError, RunError (`out` holds something), WorkFailed (a full disk).
+    Raises BaseError, DataError (no text, too little), RunError (`out` holds something), WorkFailed (a full disk).
     """
     started = time.monotonic()
     out = Path(out)
@@ -77,10 +115,12 @@ def quantise_base(
         raise BaseError(f"{folder} is quantised already ({source.format}).\n  Give the model that it was made from.")
     own = source.dtype if source.dtype in DTYPES else "float32"
     dtype = dtype or own
+    text = None if calibration is None else (calibration.rows(), calibration.tokens)  # a wrong one is said at once
     if say:
         say(f"quantising {folder} to {how}")
     with whole_folder(out) as aside:  # first: a place that cannot be written to is said before the work
         net = load_transformers(folder, dtype, how)
+        told = None if text is None else _calibrated(net, folder, how, *text, say)
         size = _write_tensors(net, aside, shard_bytes)
         write_config(folder, aside, dtype=dtype, tied=None, vocab_size=None)
         _write_format(net, aside, how, dtype)
@@ -88,22 +128,51 @@ def quantise_base(
         digest = fingerprint_folder(aside, checked=False).weights
         kept = source.model_copy(update={"format": str(how)})
         note = {"name": source.name, "fingerprint": kept.model_dump(), "sha256": digest}
+        note |= {} if told is None else {"calibration": told}
         write_text(aside / SOURCE_FILE, json.dumps(note, indent=2) + "\n")
         refuse_used(out)  # by another process, in the meantime
-    frozen = frozen_weights(net)
-    n_bytes = sum(w.nbytes() for w in frozen.values())
-    n_values = sum(w.in_features * w.out_features for w in frozen.values())
     return QuantiseReport(
         out=str(out),
         base=source.short(),
         format=str(how),
-        bits=8 * n_bytes / max(n_values, 1),
-        n_quantised=len(frozen),
-        quantised_bytes=n_bytes,
-        dense_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
         size_bytes=size,
         seconds=round(time.monotonic() - started, 3),
+        calibration=told,
+        **_sizes(net),
     )
+
+
+def _sizes(net: PreTrainedModel) -> dict[str, Any]:
+    frozen = frozen_weights(net)
+    n_bytes = sum(w.nbytes() for w in frozen.values())
+    n_values = sum(w.in_features * w.out_features for w in frozen.values())
+    return {
+        "bits": 8 * n_bytes / max(n_values, 1),
+        "n_quantised": len(frozen),
+        "quantised_bytes": n_bytes,
+        "dense_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
+    }
+
+
+def _calibrated(
+    net: PreTrainedModel, folder: Path, how: Format, rows: list[Row], most: int, say: Say | None
+) -> dict[str, Any]:
+    """Choose the codes of `net` again for a text; what the folder keeps of that."""
+    spec = DataSpec(max_tokens=max(2, most), too_long="cut")
+    ids = windows(net, encode_all(rows, load_tokenizer(folder), spec).examples, most)
+    if say:
+        say(f"calibrating on {ids.numel():,} tokens of {rows[0].source}")
+    left = calibrate(net, how, originals(folder, find_sites(net), net.base_model_prefix), ids, say)
+    if left and say:
+        say(f"{len(left)} maps were not reached and have their nearest levels: {', '.join(left[:5])}")
+    return {
+        "data": Path(rows[0].source).name,
+        "data_hash": data_hash(rows),
+        "tokens": ids.numel(),
+        "window": ids.shape[1],
+        "damping": DAMPING,
+        "maps": len(frozen_weights(net)) - len(left),
+    }
 
 
 def requantise(folder: Path, how: Format, dtype: str, shard_bytes: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_json
-from deltaw.core.fingerprint import fingerprint_folder
+from deltaw.core.fingerprint import SOURCE_FILE, fingerprint_folder
 from deltaw.core.site import LinearSite
 from deltaw.errors import BaseError
 from deltaw.model.empty import empty_network
@@ -53,6 +53,7 @@ def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
         **({"labels": list(labels_of(net))} if labels_of(net) and not headless else {}),
         "n_parameters": n_own,
         "format": format,
+        **({"calibration": told} if (told := _calibration(folder)) else {}),
         "dtype": fingerprint.dtype,
         "size_mb": round(sum(f.stat().st_size for f in checkpoint_files(folder)) / 1e6, 3),
         "sizes": {k: v for k in SIZES if (v := getattr(config, k, None)) is not None},
@@ -63,6 +64,13 @@ def describe_base(path: str | Path, say: Say | None = None) -> dict[str, Any]:
         "linear_maps": _by_role(find_sites(net).values()),
         "fingerprint": fingerprint.model_dump(),
     }
+
+
+def _calibration(folder: Path) -> dict[str, Any]:
+    """What the codes of a folder were chosen for, where its maker wrote that down."""
+    note = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    found = note.get("calibration")
+    return found if isinstance(found, dict) else {}
 
 
 def _by_role(sites: Iterable[LinearSite]) -> list[dict[str, Any]]:
