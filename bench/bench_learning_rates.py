@@ -7,8 +7,8 @@ this budget is at an end of its grid, or loses to its neighbour on another seed.
 
 Trains each method on a task at each rate of its grid, for one budget of tokens, and prints the loss and the exact
 matches on validation rows, by which a rate is chosen, those on test rows, which are only reported, and the perplexity
-of Wikipedia text, which says what was forgotten; appends a JSON row each
-to bench/results/learning_rates.jsonl. `--table` writes the newest rows into docs/methods/index.md, between their marks.
+of Wikipedia text, which says what was forgotten; appends a JSON row each to bench/results/learning_rates.jsonl.
+`--table` writes the newest rows into docs/methods/index.md, between their marks.
 """
 
 from __future__ import annotations
@@ -97,15 +97,22 @@ def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, A
     return judged | {"seconds": done.seconds, "tokens": done.tokens}
 
 
-def write_table() -> None:
-    """Loss and exact matches at each rate, one line a method, between the marks of docs/methods/index.md."""
+def write_tables() -> None:
+    """The short runs, a line for a method, and the long ones, a line for a run, between their marks."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    page = ROOT / "docs" / "methods" / "index.md"
+    text = page.read_text(encoding="utf-8")
+    assert MARKS.search(text), f"{page} has no marks"
+    tables = f"{short([r for r in rows if 'wiki' not in r])}\n\n{long([r for r in rows if 'wiki' in r])}"
+    page.write_text(MARKS.sub(lambda m: f"{m[1]}{tables}\n{m[2]}", text), encoding="utf-8")
+
+
+def short(rows: list[dict[str, Any]]) -> str:
+    """Loss and exact matches at each rate, one line a method."""
     from deltaw.methods import spec_from
     from deltaw.train.optim.settings import RATES
 
-    newest = {}
-    for line in RESULTS.read_text().splitlines():
-        row = json.loads(line)
-        newest[row["method"], row["lr"]] = row
+    newest = {(row["method"], row["lr"]): row for row in rows}
     lines = ["| method | default | validation loss (exact matches) at each rate |", "|---|---|---|"]
     for label in GRIDS:
         rates = sorted(lr for name, lr in newest if name == label)
@@ -118,11 +125,23 @@ def write_table() -> None:
             row = newest[label, lr]
             cells.append(f"{lr:g}: " + ("not finite" if "failed" in row else f"{row['loss']:.2f} ({row['exact']:.2f})"))
         lines.append(f"| {label} | `{default:g}` | {'; '.join(cells)} |")
-    page = ROOT / "docs" / "methods" / "index.md"
-    text = page.read_text(encoding="utf-8")
-    assert MARKS.search(text), f"{page} has no marks"
-    table = "\n".join(lines)
-    page.write_text(MARKS.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")
+    return "\n".join(lines)
+
+
+def long(rows: list[dict[str, Any]]) -> str:
+    """What each run on the budget of the comparison reached, and what it forgot."""
+    lines = ["| method | task | rate | seed | validation loss | exact | exact on test rows | wiki perplexity |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    order = sorted(rows, key=lambda r: (list(GRIDS).index(r["method"]), r["task"], r["lr"], r["seed"]))
+    for r in order:
+        judged = [
+            f"{r['loss']:.3f}",
+            f"{r['exact']:.2f}",
+            f"{r['test']:.3f}" if "test" in r else "",
+            f"{r['wiki']:.1f}",
+        ]
+        lines.append("| " + " | ".join([r["method"], r["task"], f"{r['lr']:g}", str(r["seed"]), *judged]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -132,14 +151,14 @@ def main() -> None:
     p.add_argument("--rates", type=float, nargs="+", help="instead of the method's grid")
     p.add_argument("--tokens", type=int, default=15_000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--table", action="store_true", help="only write the table")
+    p.add_argument("--table", action="store_true", help="only write the tables")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
         print(json.dumps(one(args.one, args.rates[0], args.task, args.tokens, args.seed)))
         return
     if args.table:
-        write_table()
+        write_tables()
         return
     for label in args.methods:
         for lr in args.rates or GRIDS[label]:
