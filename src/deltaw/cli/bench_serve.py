@@ -57,8 +57,8 @@ def bench_serve(
         own += ["--kv-mb", str(kv_mb), "--max-sequences", str(max_sequences)]
         own += [word for given in adapter or () for word in ("--adapter", given)]
         own += [] if registry is None else ["--registry", str(registry)]
-        with own_server(own) as address:
-            found = asyncio.run(run_load(address, load))
+        with own_server(own) as server:
+            found = asyncio.run(run_load(server.url, load))
     typer.echo(json.dumps(found) if as_json else _table(found))
     if sum(found["errors"].values()) == found["requests"]:
         raise WorkFailed("Every request failed.")

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import httpx
 
@@ -19,9 +20,16 @@ END_S = 20.0
 _LAST = 2000  # characters of its log in a message
 
 
+class OwnServer(NamedTuple):
+    """Where it answers, and the id of its process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def own_server(arguments: Sequence[str]) -> Iterator[str]:
-    """Run `deltaw serve` with `arguments` on a free port of loopback; gives its URL once it is ready.
+def own_server(arguments: Sequence[str]) -> Iterator[OwnServer]:
+    """Run `deltaw serve` with `arguments` on a free port of loopback, until the block ends; it is ready then.
 
     Raises WorkFailed with the end of its log when it does not come up.
     """
@@ -34,7 +42,7 @@ def own_server(arguments: Sequence[str]) -> Iterator[str]:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, log)
-            yield url
+            yield OwnServer(url, process.pid)
         finally:
             process.terminate()
             try:
