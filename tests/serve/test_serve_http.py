@@ -210,11 +210,12 @@ def test_serve_http_adapter_id_is_lorax_word_for_model(http):
         ({"prompt": "x" * (POSITIONS + 1)}, "prompt", "context_length_exceeded"),
         ({"prompt": ""}, "prompt", None),
         ({"prompt": [7, 257]}, "prompt", "invalid_value"),
-        ({"echo": True, "logprobs": 1}, None, "invalid_value"),
+        ({"echo": True, "logprobs": 1}, "echo", "not_served"),
         ({"n": 99}, "n", "too_many"),
         ({"extra_body": {"best_off": 2}}, "best_off", "unknown_field"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "unknown_field"),
-        ({"logit_bias": {"5": 1}}, None, "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"257": 1}}, "logit_bias", "invalid_value"),
     ],
 )
 def test_serve_http_what_cannot_be_done_is_refused_by_name(client, changed, param, code):
@@ -263,12 +264,13 @@ def test_serve_http_every_field_reaches_the_engine(client, http, monkeypatch):
     extra = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "stop_token_ids": [5], "ignore_eos": True}
     client.completions.create(
         model="support@2", prompt="abc", max_tokens=3, temperature=0.7, top_p=0.9, seed=11, logprobs=4, stop="qq", n=2,
-        presence_penalty=0.3, frequency_penalty=-0.4, extra_body=extra,
+        presence_penalty=0.3, frequency_penalty=-0.4, logit_bias={"5": -3.5, "70": 2}, extra_body=extra,
     )  # fmt: skip
     first, second = (request.sampling for request in seen)
     assert (first.seed, second.seed) == (11, 12)
     assert (first.max_tokens, first.temperature, first.top_p, first.logprobs, first.stop) == (3, 0.7, 0.9, 4, ("qq",))
     assert (first.presence_penalty, first.frequency_penalty) == (0.3, -0.4)
+    assert first.logit_bias == ((5, -3.5), (70, 2.0))
     assert (first.top_k, first.min_p, first.repetition_penalty) == (7, 0.1, 1.2)
     assert (first.stop_token_ids, first.ignore_eos) == ((5,), True)
     assert seen[0].adapter in http.served.engine.names()

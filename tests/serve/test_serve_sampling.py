@@ -100,6 +100,25 @@ def test_serve_sampling_penalties_are_those_of_hf_and_openai():
     assert (LOGITS[[3, 4, 7, 9]] < 0).any()
 
 
+def test_serve_sampling_biases_come_before_penalties():
+    biases, seen = ((3, 9.0), (11, -100.0)), {3: 2, 4: 1}
+    chooser = Chooser(Sampling(logit_bias=biases, repetition_penalty=1.7, presence_penalty=0.4, logprobs=1), [3])
+    for token, times in seen.items():
+        for _ in range(times):
+            chooser.took(token)
+    wanted = LOGITS.clone()
+    wanted[3] += 9
+    wanted[11] -= 100
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([list(seen)]), wanted[None])[0]
+    wanted[list(seen)] -= 0.4
+    got = LOGITS.clone()
+    chooser.edit_(got)
+    torch.testing.assert_close(got, wanted)
+    choice = choose(LOGITS[None].clone(), [Chooser(Sampling(logit_bias=((11, 100.0),), temperature=0, logprobs=0), [])])
+    assert choice[0].token == 11
+    assert choice[0].logprob == pytest.approx(float(LOGITS.log_softmax(-1)[11]))  # the model's own
+
+
 def test_serve_sampling_logprobs_are_the_models_own():
     chooser = Chooser(Sampling(temperature=0.0, logprobs=3, presence_penalty=9.0), [1])
     best = int(LOGITS.argmax())

@@ -17,6 +17,7 @@ from deltaw.serve.serving import Serving
 from deltaw.serve.settings import ServerSettings
 from deltaw.serve.wire import Wire
 
+CODES = {"extra_forbidden": "unknown_field", "not_served": "not_served"}
 API_VERSION = "1"
 """Of this API, in the OpenAPI page; not of the package."""
 
@@ -76,10 +77,11 @@ async def _invalid(_: Request, problem: Exception) -> JSONResponse:
     places = [
         str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "constrained-", "list["))
     ]
-    param = ".".join(places) or None
-    code = "unknown_field" if first["type"] == "extra_forbidden" else "invalid_value"
+    param = first.get("ctx", {}).get("field") or ".".join(places) or None
+    code = CODES.get(first["type"], "invalid_value")
     if code == "unknown_field":
         message = f"{param} is no field of this request that is served here: leave it out."
     else:
-        message = f"{param or 'body'}: {str(first['msg']).removeprefix('Value error, ')}"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        message = message if first["type"] == "not_served" else f"{param or 'body'}: {message}"
     return JSONResponse(error_body(400, message[:1000], code, param), 400)

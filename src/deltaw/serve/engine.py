@@ -247,7 +247,7 @@ class Engine:
             )
         n_vocab = self.model.net.get_input_embeddings().weight.shape[0]
         new = {int(i) for rows, _ in resident.made.rows.values() for i in rows} if resident is not None else set()
-        for token in request.prompt:
+        for token in (*request.prompt, *(token for token, _ in request.sampling.logit_bias)):
             if not (0 <= token < n_vocab or token in new):
                 raise DataError(f"Request {request.id!r}: token {token} is not among the {n_vocab} of this base.")
 

@@ -68,6 +68,7 @@ def sampling_of(asked: Asked, max_tokens: int, logprobs: int | None, schema: str
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias=tuple((asked.logit_bias or {}).items()),
         seed=asked.seed,
         logprobs=logprobs,
         stop=tuple(asked.stop or ()),
@@ -126,6 +127,10 @@ async def begin(serving: Serving, order: Order) -> Job:
             prompts = await serving.in_text_thread(partial(order.encode, words))
         except DeltawError as problem:
             raise of_error(problem, "messages" if "messages" in type(asked).model_fields else "prompt") from None
+        try:
+            words.check(list(asked.logit_bias or ()), "logit_bias")
+        except DeltawError as problem:
+            raise of_error(problem, "logit_bias") from None
         limits = [_tokens(serving, order, len(prompt), lease and lease.key) for prompt in prompts]
     except BaseException:
         place.release()

@@ -20,6 +20,7 @@ from deltaw.errors import SpecError
 from deltaw.serve.grammar import Matcher
 from deltaw.serve.types import Sampling
 
+MOST_BIAS = 100
 _BLOCK = 128  # tokens whose probabilities are summed before it is decided which of them is drawn
 _FIRST_RANKED = 1024  # so many of the likeliest tokens are sorted first; all only where these do not reach top_p
 
@@ -54,6 +55,8 @@ def check_sampling(s: Sampling) -> None:
         refuse("min_p", "from 0 to 1")
     if s.repetition_penalty <= 0:
         refuse("repetition_penalty", "above 0")
+    if any(not -MOST_BIAS <= bias <= MOST_BIAS for _, bias in s.logit_bias):
+        refuse("logit_bias", f"numbers from -{MOST_BIAS} to {MOST_BIAS}")
     if s.logprobs is not None and s.logprobs < 0:
         refuse("logprobs", "0 or more")
     if any(not word for word in s.stop):
@@ -93,12 +96,19 @@ class Chooser:
         """Whether `edit_` does anything."""
         s = self.sampling
         return bool(
-            s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty or self.matcher is not None
+            s.logit_bias
+            or s.repetition_penalty != 1.0
+            or s.presence_penalty
+            or s.frequency_penalty
+            or self.matcher is not None
         )
 
     def edit_(self, logits: Tensor) -> None:
-        """Apply penalties and the grammar to this row's logits [vocab], in place."""
+        """Apply biases, penalties and the grammar to this row's logits [vocab], in place."""
         s = self.sampling
+        if s.logit_bias:
+            ids, biases = zip(*s.logit_bias, strict=True)
+            logits[torch.tensor(ids, device=logits.device)] += torch.tensor(biases, device=logits.device)
         if s.repetition_penalty != 1.0 and (seen := self._prompt | self.counts.keys()):
             ids = torch.tensor(sorted(seen), device=logits.device)
             found = logits[ids]

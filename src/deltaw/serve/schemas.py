@@ -6,14 +6,19 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from deltaw.serve.sampler import MOST_BIAS
 
 MAX_STOPS = 16
+MAX_BIASES = 1024
 MAX_DEPTH = 32
 """Levels of a JSON schema."""
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[Share, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
 Text = Annotated[str, Field(max_length=2**24)]
 
 NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -22,7 +27,6 @@ NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "promp
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -118,6 +122,7 @@ class Asked(Strict):
     repetition_penalty: Annotated[Share, Field(gt=0, le=100)] | None = 1.0
     presence_penalty: Annotated[Share, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[Share, Field(ge=-2, le=2)] | None = 0.0
+    logit_bias: Annotated[dict[Id, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=1024)]
@@ -140,7 +145,7 @@ class Asked(Strict):
             return given
         for name, values in HARMLESS.items():
             if name in given and not any(given[name] is v or given[name] == v for v in (None, *values)):
-                raise ValueError(f"{name} is not served here: leave it out")
+                raise PydanticCustomError("not_served", "{field} is not served here: leave it out", {"field": name})
         return {name: value for name, value in given.items() if name not in HARMLESS}
 
     @field_validator("stop", mode="after")
@@ -164,7 +169,8 @@ class CompletionRequest(Asked):
     @model_validator(mode="after")
     def _right(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not served: the prompt's tokens have no logprobs here")
+            reason = "{field} with logprobs is not served: the prompt's tokens have no logprobs here"
+            raise PydanticCustomError("not_served", reason, {"field": "echo"})
         return self
 
     def prompts(self) -> list[str] | list[list[int]]:

@@ -16,6 +16,7 @@ class Sampling:
     repetition_penalty   divides positive logits and multiplies negative ones of tokens in the prompt or the answer
                          (CTRL, Keskar et al. 2019; as transformers does)
     presence_penalty, frequency_penalty  taken from logits of tokens in the answer: once; once per occurrence (OpenAI)
+    logit_bias           (token, number) pairs: added to these tokens' logits, before penalties (OpenAI; vLLM's order)
     seed                 of this request's own random stream; None: one is drawn
     logprobs             None: none; k: of the chosen token and of the k likeliest, before penalties and temperature
     stop                 strings that end the answer; it is cut before them
@@ -32,6 +33,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
