@@ -68,7 +68,8 @@ def settle(model: Model, adapter: Adapter, *, allow_other_base: bool = False) ->
     with torch.no_grad():
         front = front_of([made], model.places, model.net)
         places = [name for name, site in made.places.items() if not isinstance(site, VirtualSite)]
-        forms = {name: _ready(made.lowered(name, model.places), model.net.dtype) for name in places}
+        dtype = model.net.dtype  # transformers looks through all parameters for it
+        forms = {name: _ready(made.lowered(name, model.places), dtype) for name in places}
     return Resident(adapter.id, made, forms, front, tokenizer)
 
 

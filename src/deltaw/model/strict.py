@@ -47,12 +47,13 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     device = next(iter(base_tensors.values())).device
     if device.type != "meta":  # that of a base which is only read
         attachment.to(device)
-    problems += _misfit_shared(attachment)
+    of_shared = _misfit_shared(attachment)
+    problems += of_shared
     unknown = [name for name in adapter.sites if name not in attachment.sites]
     if unknown:
         problems.append(f"no such place in this model: {_some(unknown)}.{near(unknown[0], sorted(places.sites))}")
     for name in attachment.sites:
-        problems += _misfit(attachment, places, name, name in targeted)
+        problems += _misfit(attachment, places, name, name in targeted, lowers=not of_shared)
     if absent := [name for name in targeted if name not in adapter.sites]:
         problems.append(f"no tensors for {_some(absent)}, which its settings target")
     given = {r.tensor for r in adapter.replaced}
@@ -127,10 +128,11 @@ def misfits(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) -
     return problems
 
 
-def _misfit(made: Attachment, places: Places, name: str, targeted: bool) -> list[str]:
+def _misfit(made: Attachment, places: Places, name: str, targeted: bool, *, lowers: bool) -> list[str]:
+    """lowers: what its places share is right, so that their forms can be made."""
     site = made.places[name]
     problems = misfits(name, made.spec.shapes(site, targeted), made.sites[name])
-    if not problems and not misfits("", made.spec.shared_shapes(list(made.places.values())), made.shared):
+    if not problems and lowers:
         try:
             check_form(made.lowered(name, places), site, places)
         except ShapeError as error:
