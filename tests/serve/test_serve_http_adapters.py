@@ -12,6 +12,7 @@ import httpx
 import pytest
 from made_servers import ADMIN, Made, running, save_adapter
 
+from deltaw.errors import AdapterError
 from deltaw.methods import Lora
 from deltaw.serve.keys import hash_key
 from deltaw.serve.settings import ServerSettings
@@ -171,6 +172,26 @@ def _tensors(own: Made, name: str):
     from deltaw.store.peft import read_adapter
 
     return read_adapter(own.loose / name).tensors().values()
+
+
+def test_serve_http_a_load_that_fails_gives_its_room_back(own, monkeypatch):
+    one = sum(t.nbytes for t in _tensors(own, "v1"))
+    with running(own, active_bytes=3 * one) as server, server.client() as client:
+        runner = server.served.engine._runner
+        add = runner.add
+        monkeypatch.setattr(runner, "add", lambda key, resident: _refuse())
+        answers = [client.post("/v1/completions", json={**GREEDY, "model": "support@1"}) for _ in range(4)]
+        assert [a.json()["error"]["code"] for a in answers] == ["adapter_unusable"] * 4
+        assert server.idle()
+        assert server.served.residency.active.bytes == 0
+        assert server.served.engine.names() == []
+        monkeypatch.setattr(runner, "add", add)
+        assert say(client, "support@1")
+        assert server.served.residency.active.bytes == one
+
+
+def _refuse() -> None:
+    raise AdapterError("it does not go in")
 
 
 def test_serve_http_an_adapter_beyond_the_budget_is_refused(own):

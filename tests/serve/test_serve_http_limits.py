@@ -277,7 +277,7 @@ def test_serve_http_a_process_drains_on_sigterm(made, tmp_path):
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_ready(url, process)
-        slow = {**LONG, "model": "mine", "stream": True}
+        slow = {**LONG, "model": "mine", "stream": True, "n": 8}  # still running when the next requests come
         with httpx.stream("POST", f"{url}/v1/completions", json=slow, timeout=30) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -291,7 +291,7 @@ def test_serve_http_a_process_drains_on_sigterm(made, tmp_path):
         logs = [json.loads(line) for line in process.stderr if line.startswith("{")]
         done = [log for log in logs if log.get("path") == "/v1/completions" and log["status"] == 200]
         assert done[0]["model"] == "mine"
-        assert done[0]["output_tokens"] == LONG["max_tokens"]
+        assert done[0]["output_tokens"] == 8 * LONG["max_tokens"]
         assert {"request_id", "ms", "time", "prompt_tokens"} <= set(done[0])
         assert "draining" in {log["event"] for log in logs}
     finally:

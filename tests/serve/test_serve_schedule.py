@@ -154,6 +154,31 @@ def test_serve_schedule_running_requests_keep_their_version(world):
     engine.close()
 
 
+def test_serve_schedule_loads_do_not_wait_for_each_other(world, monkeypatch):
+    model, adapters, prompts, answers = world
+    engine = Engine(model, kv_bytes=1 << 20)
+    engine.load("old", adapters["lora"])
+    began, hold, run = threading.Event(), threading.Event(), engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda batch: (began.set(), hold.wait(20), run(batch))[-1])
+    running = ask(engine, prompts[2], adapter="old", max_tokens=MOST)
+    assert began.wait(20)
+    orders = [engine.begin_load("a", adapters["dora"]), engine.begin_load("b", adapters["parallel"])]
+    with pytest.raises(NotFound):
+        engine.tokenizer("a")  # not there before the step that runs has ended
+    orders += [engine.begin_unload("old"), engine.begin_load("old", adapters["parallel"])]
+    assert not any(order.done() for order in (*orders[:2], orders[3]))
+    hold.set()
+    for order in orders:
+        order.result(20)
+    assert engine.names() == ["a", "b", "old"]
+    assert running.wait().tokens == answers["lora", 2]
+    for name, method in (("a", "dora"), ("old", "parallel")):
+        assert ask(engine, prompts[2], adapter=name, max_tokens=MOST).wait().tokens == answers[method, 2]
+    engine.close()
+    with pytest.raises(WorkFailed):
+        engine.begin_load("c", adapters["lora"])
+
+
 def test_serve_schedule_broken_rows_end_alone(world):
     model, adapters, prompts, answers = world
     engine = Engine(model, kv_bytes=6 * one_page(model))

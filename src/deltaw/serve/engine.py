@@ -23,7 +23,7 @@ from deltaw.serve.grammar import Grammars
 from deltaw.serve.pages import PAGE_TOKENS, Pages
 from deltaw.serve.runner import Runner
 from deltaw.serve.sampler import Choice, Chooser, check_sampling, choose
-from deltaw.serve.scheduler import Scheduler, Sequence, batch_of
+from deltaw.serve.scheduler import Scheduler, Sequence, Ticket, batch_of
 from deltaw.serve.text import TextStream
 from deltaw.serve.types import Output, Request, Stats
 from deltaw.store.peft import read_adapter
@@ -42,17 +42,10 @@ class _Loaded:
     named: bool = True
 
 
-class Ticket:
-    """A submitted request."""
-
-    def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
-        self._sequence = sequence
-        self._wake = wake
-
-    def cancel(self) -> None:
-        """End the request before the next step, with finished = "cancelled"; nothing if it ended already."""
-        self._sequence.cancelled = True
-        self._wake()
+def _nothing() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 class Engine:
@@ -115,6 +108,10 @@ class Engine:
         Raises AdapterError for what does not fit (strictly) or cannot share a batch, WorkFailed when closed. Running
         requests wait for the short time of putting it in only, not for the reading.
         """
+        self.begin_load(name, adapter, allow_other_base=allow_other_base).result()
+
+    def begin_load(self, name: str, adapter: str | Path | Adapter, *, allow_other_base: bool = False) -> Future[None]:
+        """As `load`, which it does not wait for: the adapter is read and checked, and comes in after the next step."""
         if not name:
             raise AdapterError("An adapter needs a name.")
         read = adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter))
@@ -122,21 +119,28 @@ class Engine:
         with self._lock:
             self._numbers += 1
             loaded = _Loaded(f"{name}#{self._numbers}", resident)
-        self._order(lambda: self._runner.add(str(loaded.key), resident))
-        with self._lock:
-            before = self._named.get(name)
-            self._named[name] = loaded
-        self._unname(before)
+
+        def put_in() -> None:
+            self._runner.add(str(loaded.key), resident)
+            with self._lock:
+                before, self._named[name] = self._named.get(name), loaded
+            self._unname(before)
+
+        return self._order(put_in)
 
     def unload(self, name: str) -> None:
         """Forget an adapter: no new request gets it; it leaves memory when the last running one ends.
 
         Raises NotFound.
         """
+        self.begin_unload(name).result()
+
+    def begin_unload(self, name: str) -> Future[None]:
+        """As `unload`, which it does not wait for; what is loaded later comes in after this one has left."""
         with self._lock:
             loaded = self._find(name)
             del self._named[name]
-        self._unname(loaded)
+        return self._unname(loaded)
 
     def names(self) -> list[str]:
         """The adapters that requests can ask for."""
@@ -160,21 +164,22 @@ class Engine:
             raise NotFound(f"No adapter {name!r} is loaded.{near(name, self._named)}")
         return self._named[name]
 
-    def _unname(self, loaded: _Loaded | None) -> None:
+    def _unname(self, loaded: _Loaded | None) -> Future[None]:
         if loaded is not None:
             with self._lock:
                 loaded.named = False
                 left = loaded.users == 0
             if left:
-                self._order(lambda: self._runner.remove(str(loaded.key)))
+                return self._order(lambda: self._runner.remove(str(loaded.key)))
+        return _nothing()
 
     def _leave(self, loaded: _Loaded) -> None:
-        """One request less uses it. In the engine's thread."""
+        """One request less uses it."""
         with self._lock:
             loaded.users -= 1
             left = loaded.users == 0 and not loaded.named
         if left:
-            self._runner.remove(str(loaded.key))
+            self._order(lambda: self._runner.remove(str(loaded.key)))
 
     # Requests ----------------------------------------------------------------------------------------
 
@@ -209,11 +214,7 @@ class Engine:
                 self._arrived.append(sequence)
                 self._lock.notify_all()
         except BaseException:
-            with self._lock:
-                loaded.users -= 1
-                left = loaded.users == 0 and not loaded.named
-            if left:
-                self._order(lambda: self._runner.remove(str(loaded.key)))
+            self._leave(loaded)
             raise
         return Ticket(sequence, self._wake)
 
@@ -286,18 +287,21 @@ class Engine:
             self._cancels = True
             self._lock.notify_all()
 
-    def _order(self, work: Callable[[], None]) -> None:
-        """Do something between two steps, and wait until it is done."""
+    def _order(self, work: Callable[[], None]) -> Future[None]:
+        """Do something between two steps; in the engine's thread now. Orders are done in the order in which they come.
+
+        Raises WorkFailed.
+        """
         if threading.current_thread() is self._thread:
             work()
-            return
+            return _nothing()
         done: Future[None] = Future()
         with self._lock:
             if self._stopped:
                 raise WorkFailed("The engine is closed.")
             self._orders.append((work, done))
             self._lock.notify_all()
-        done.result()
+        return done
 
     def _loop(self) -> None:
         s = self._scheduler

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class Loads(Protocol):
-    """What residency needs of the engine: load under a name, unload; both may take their time."""
+    """What residency needs of the engine: put in and take out under a name, between two steps, in this order."""
 
-    def load(self, name: str, adapter: Adapter) -> None: ...
+    def begin_load(self, name: str, adapter: Adapter) -> Future[None]: ...
 
-    def unload(self, name: str) -> None: ...
+    def begin_unload(self, name: str) -> Future[None]: ...
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Residency:
         async with self._door:
             if key in self.active.items and not self._pins[key]:
                 self.active.pop(key)
-                await self._aside(lambda: self._engine.unload(key))
+                self._engine.begin_unload(key)
 
     def close(self) -> None:
         """End the thread."""
@@ -178,7 +178,7 @@ class Residency:
                 f"Adapter {card} takes {found.n_bytes / 2**20:.1f} MB, and the server has "
                 f"{self.active.budget / 2**20:.1f} MB for adapters in use (--adapters-mb)."
             )
-        async with self._door:  # one after another: each finds the room that it made
+        async with self._door:  # one after another: each takes the room that it made
             while self.active.bytes + found.n_bytes > self.active.budget:
                 old = self.active.oldest(found.n_bytes, self._pins)
                 if old is None:
@@ -187,9 +187,14 @@ class Residency:
                     continue
                 self.active.pop(old)
                 self.active.evictions += 1
-                await self._aside(lambda name=old: self._engine.unload(name))
-            await self._aside(lambda: self._engine.load(card.id, found.adapter))
-            self.active.put(card.id, found)
+                self._engine.begin_unload(old)
+            self.active.bytes += found.n_bytes
+        try:  # the next ones are read and checked while this one waits for the end of a step
+            loading = await self._aside(lambda: self._engine.begin_load(card.id, found.adapter))
+            await asyncio.shield(asyncio.wrap_future(loading))
+        finally:
+            self.active.bytes -= found.n_bytes
+        self.active.put(card.id, found)
         return found
 
     def _unpin(self, key: str) -> None:

@@ -85,6 +85,19 @@ class Sequence:
         self.pages += pages
 
 
+class Ticket:
+    """A submitted request."""
+
+    def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
+        self._sequence = sequence
+        self._wake = wake
+
+    def cancel(self) -> None:
+        """End the request before the next step, with finished = "cancelled"; nothing if it ended already."""
+        self._sequence.cancelled = True
+        self._wake()
+
+
 class Scheduler:
     """The queue, the running sequences in order of admission, and their pages."""
 
