@@ -196,6 +196,26 @@ def test_there_is_one_openmp_pool_and_it_is_torchs():
 # Choose ---------------------------------------------------------------------------------------------------------------
 
 
+def test_threads_end_when_asked_and_come_again():
+    if not Path("/proc/self/task").is_dir():  # only Linux tells them
+        assert library.and_end_threads(lambda: 3) == 3
+        return
+    program = """
+import os, torch
+from deltaw.ops.native import library
+x = torch.randn(1 << 20)
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+before, wanted = count(), x.exp().sum()
+team = count()
+after = library.and_end_threads(count), count()
+again = x.exp().sum()
+print(team - before, after[0] - before, after[1] - before, count() - before, bool(again == wanted))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "0", "1", "True"]
+
+
 def test_a_path_is_forced_inside_the_block_only():
     best = native.path()
     assert native.paths()[0] == "reference"

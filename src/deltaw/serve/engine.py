@@ -18,6 +18,7 @@ from deltaw.model.limits import max_positions
 from deltaw.model.model import Model
 from deltaw.model.paged import cache_shapes
 from deltaw.model.resident import Resident, settle
+from deltaw.ops.native.library import end_threads
 from deltaw.serve.fast import make_runner
 from deltaw.serve.grammar import Grammars
 from deltaw.serve.pages import PAGE_TOKENS, Pages
@@ -98,6 +99,7 @@ class Engine:
         self._closing = self._stopped = False
         self._cancels = False
         self._thread = threading.Thread(target=self._loop, name="deltaw-engine", daemon=True)
+        end_threads()
         self._thread.start()
 
     # Adapters -------------------------------------------------------------------------------------
@@ -116,6 +118,7 @@ class Engine:
             raise AdapterError("An adapter needs a name.")
         read = adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter))
         resident = settle(self.model, read, allow_other_base=allow_other_base)
+        end_threads()
         with self._lock:
             self._numbers += 1
             loaded = _Loaded(f"{name}#{self._numbers}", resident)

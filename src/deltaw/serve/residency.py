@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from deltaw.core.adapter import Adapter
 from deltaw.errors import ServeError
+from deltaw.ops.native.library import and_end_threads
 from deltaw.serve.words import Words
 
 T = TypeVar("T")
@@ -204,7 +205,7 @@ class Residency:
             self._unpinned.set()
 
     async def _aside(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: and_end_threads(work))
 
 
 def as_loaded(adapter: Adapter, words: Words) -> Loaded:

@@ -15,6 +15,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.errors import AdapterError, DeltawError, NotFound, RegistryError, ServeError, near
 from deltaw.model.identity import compare
 from deltaw.model.model import Model
+from deltaw.ops.native.library import and_end_threads
 from deltaw.serve.keys import Key
 from deltaw.serve.residency import Card, Lease, Loaded, Residency, as_loaded
 from deltaw.serve.words import Words, own_template
@@ -235,4 +236,4 @@ class Served:
         return as_loaded(adapter, self.words.of_adapter(tuple(adapter.spec.new_tokens), own_template(folder)))
 
     async def _aside(self, work: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: and_end_threads(work))

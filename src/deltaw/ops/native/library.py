@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from deltaw.errors import BadInput
 from deltaw.ops.native.build import LIBRARY, sources_hash
+
+T = TypeVar("T")
 
 REFERENCE = "reference"
 _ALL = ("scalar", "avx2", "avx512", "avx512_bf16")  # as dispatch.cpp numbers them
@@ -71,6 +74,29 @@ def torch_parallel() -> int | None:
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None  # another system, or a torch with its own threads: one thread runs
+
+
+def end_threads() -> None:
+    """End the OpenMP threads that wait for work of the calling thread; they come again when it has some.
+
+    GNU OpenMP counts the threads of all who ever asked for some. While there are more than processors, each of them
+    sleeps after a few microseconds without work, and a step of hundreds of small stages wakes them each time.
+    Where OpenMP is another or older, nothing is done.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        openmp = ctypes.CDLL(str(path))
+        openmp.omp_pause_resource(1, openmp.omp_get_initial_device())  # 1: soft, what they know is kept
+    except (OSError, AttributeError):
+        pass
+
+
+def and_end_threads(work: Callable[[], T]) -> T:
+    """What `work` gives, once the OpenMP threads that it called for have ended."""
+    try:
+        return work()
+    finally:
+        end_threads()
 
 
 @cache
