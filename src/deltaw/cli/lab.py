@@ -50,7 +50,8 @@ def lab(
     import uvicorn
 
     from deltaw.lab.desk import desk_in
-    from deltaw.lab.server import is_loopback, make_app
+    from deltaw.lab.server import make_app
+    from deltaw.serve.hosts import is_loopback
 
     where = registry_default() if registry is None else str(registry)
     app = make_app(opened, host=host, desk=desk_in(runs, where, index_default()))

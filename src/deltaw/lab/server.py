@@ -12,7 +12,6 @@ bound to loopback, so that another site cannot reach it through a name of its ow
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from deltaw.lab.desk import Desk
 from deltaw.lab.picture import Picture, Plain
 from deltaw.lab.pictures import pictures_of
 from deltaw.lab.workbench import routers
+from deltaw.serve.hosts import is_loopback
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,16 +39,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def shown(lab: Lab, picture: Picture, given: Mapping[str, Any]) -> Plain:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deltaw.serve.hosts import is_loopback
 from deltaw.serve.serving import LOG, Serving
 
 _SWITCH_S = 0.0005  # Python's own 5 ms are a fifth of a step, which the engine would wait behind events and adapters
@@ -138,16 +138,6 @@ def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ..
     if has_keys or not is_loopback(host):
         return None
     return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def greeting(host: str, port: int, serving: Serving) -> list[str]:
