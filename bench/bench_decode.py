@@ -85,7 +85,8 @@ def measured(repeats: int) -> dict[str, object]:
     runner = FastRunner(model, pages)
     names = [f"a{i}" for i in range(ADAPTERS)]
     for name, adapter in zip(names, made, strict=True):
-        runner.add(name, settle(model, adapter))
+        resident = settle(model, adapter)
+        runner.add(name, resident, runner.ready(resident))
     n_bytes = weights_read(model)
     memory, ids = torch.ones(n_bytes // 4), torch.arange(5, 5 + CONTEXT)[None]
     works: dict[str, Callable[[], object]] = {"read": lambda: read_sum(memory)}

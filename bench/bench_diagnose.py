@@ -43,7 +43,7 @@ def train(
         "base": {"path": BASE, "dtype": "auto", **base},
         "adapter": adapter,
         "data": {"max_tokens": 256},
-        "train": {"steps": steps, "tokens_per_step": 512, "lr": lr, "save_every_s": 1e6},
+        "train": {"steps": steps, "tokens_per_step": 512, "lr": lr, "schedule": "cosine", "save_every_s": 1e6},
         "eval": {"every_steps": steps // 2, "keep": "last"},
     }
     for _ in deltaw.train(recipe, out, train_rows=some("train", rows), valid_rows=some("valid", 24)):

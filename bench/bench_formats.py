@@ -5,10 +5,11 @@ nf4 as the format of choice: int4 nearer to dense at the same bits, or nf4 beyon
 
     .venv/bin/python bench/bench_formats.py [--rows 40] [--base smollm2-135m-instruct] [--texts wiki.jsonl austen.jsonl]
         [--formats nf4+dq calibrated] [--calibrate data/ppl/calibration.jsonl] [--calibrate-tokens 32768]
+        [--tune-passes 1] [--keep FOLDER]
 
 For each format: bits a weight of the linear maps (constants included), mean relative error of weights (root mean square
 over the matrix's own), perplexity on each text. "calibrated" is nf4 with double quantisation, its codes chosen for a
-text (`deltaw quantize --calibrate`) that shares no row with those that are judged.
+text and its scales tuned on it (`deltaw quantize --calibrate`), a text that shares no row with those that are judged.
 
 The starter's weights were dequantised from Q4_1: they lie on a grid of sixteen uniform levels per 32 values, which
 favours int4 and no other base; so the order of the formats is judged on Gaussian matrices and on a full-precision
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,15 @@ def errors(matrices: Iterable[Tensor], names: list[str]) -> dict[str, dict[str, 
     return {n: {"rms": (s / square) ** 0.5, "mean": a / size} for n, (s, a) in sums.items()}
 
 
-def fitted(base: str, text: Calibration) -> Model:
-    """nf4 with codes chosen for a text. That pass, and what stays dense, are in bfloat16."""
+def fitted(base: str, text: Calibration, keep: Path | None) -> tuple[Model, dict[str, Any]]:
+    """nf4 fitted to a text, and what that took. That work, and what stays dense, are in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "nf4"
-        report = quantise_base(base, out, Format("nf4", 64, True), dtype="bfloat16", calibration=text)
-        print(json.dumps(report.as_dict()), file=sys.stderr, flush=True)
-        return load_base(out)
+        out, before = keep or Path(folder) / "nf4", time.process_time()
+        report = quantise_base(
+            base, out, Format("nf4", 64, True), dtype="bfloat16", calibration=text, say=partial(print, file=sys.stderr)
+        )
+        took = {"seconds": report.seconds, "processor_s": round(time.process_time() - before, 1)}
+        return load_base(out), {**took, **(report.calibration or {})}
 
 
 def own_error(model: Model, matrices: dict[str, Tensor]) -> dict[str, float]:
@@ -98,8 +102,9 @@ def on_base(base: str, texts: dict[str, Any], args: argparse.Namespace) -> dict[
     for name in args.formats:
         how = Format.parse(name)
         if name == CALIBRATED:
-            model = fitted(base, Calibration(args.calibrate, args.calibrate_tokens))
-            bits, error[name] = bits_of(model), own_error(model, matrices)
+            text = Calibration(args.calibrate, args.calibrate_tokens, args.tune_passes)
+            model, took = fitted(base, text, args.keep)
+            bits, error[name] = bits_of(model), {**own_error(model, matrices), "calibration": took}
         elif how is None:
             model = dense if name == "float32" else load_base(base, dtype=name)
             bits = 32.0 if name == "float32" else 16.0
@@ -154,6 +159,8 @@ def main() -> None:
     p.add_argument("--formats", nargs="+", choices=[*FORMATS, CALIBRATED], default=[*FORMATS, CALIBRATED])
     p.add_argument("--calibrate", type=Path, default=ROOT / "data/ppl/calibration.jsonl", help="text for calibration")
     p.add_argument("--calibrate-tokens", type=int, default=32_768)
+    p.add_argument("--tune-passes", type=int, default=1, help="over that text; 0: codes only")
+    p.add_argument("--keep", type=Path, help="where the calibrated base is kept: a new folder")
     p.add_argument("--minilm", help="folder of MiniLM's weights")
     args = p.parse_args()
     texts = {path.stem.split("_")[0]: read_rows(path)[: args.rows] for path in args.texts}
@@ -173,7 +180,7 @@ def main() -> None:
         "versions": versions(),
         "base": args.base,
         "rows": args.rows,
-        "calibration": {"text": args.calibrate.name, "most_tokens": args.calibrate_tokens},
+        "calibration": {"text": args.calibrate.name, "most_tokens": args.calibrate_tokens, "passes": args.tune_passes},
         "max_tokens": args.max_tokens,
         "formats": base,
         "errors": others,

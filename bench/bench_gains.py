@@ -26,7 +26,7 @@ import torch
 import deltaw
 from deltaw.model.model import Model
 from deltaw.ops import arena, thin
-from deltaw.ops.native import elementwise_calls, library
+from deltaw.ops.native import elementwise_calls, library, wide_calls
 from deltaw.train.loss import sft
 from deltaw.train.optimizer import make_optimizer
 from deltaw.train.recipe import TrainSpec
@@ -65,14 +65,16 @@ def variants(model: Model) -> dict[str, list[Callable[[], Any]]]:
     reference = partial(library.forced, "reference")
     no_elementwise = partial(mock.patch.object, elementwise_calls, "suits", return_value=False)
     no_thin = partial(mock.patch.object, thin, "THIN", 0)
+    no_wide = partial(mock.patch.object, wide_calls, "available", lambda: False)
     apart = partial(no_region, model)
     return {
         "the model's own blocks, torch alone": [own, reference],
         "compiled attention and cross-entropy": [own],
-        "fused blocks, loss from hidden states of targets": [apart, no_elementwise, no_thin],
-        "memory that stays (arena)": [no_elementwise, no_thin],
-        "compiled norms, rotation, gate": [no_thin],
-        "compiled thin products": [],
+        "fused blocks, loss from hidden states of targets": [apart, no_elementwise, no_thin, no_wide],
+        "memory that stays (arena)": [no_elementwise, no_thin, no_wide],
+        "compiled norms, rotation, gate": [no_thin, no_wide],
+        "compiled thin products": [no_wide],
+        "products with frozen matrices as one sum each": [],
     }
 
 

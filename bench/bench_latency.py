@@ -3,7 +3,7 @@
 The naive answer it must beat: none, once merged. What would change our mind: a merged LoRA outside the
 base's own spread.
 
-    .venv/bin/python bench/bench_latency.py [--rounds 15] [--threads 2]
+    .venv/bin/python bench/bench_latency.py [--rounds 15] [--threads 2] [--sizes 8x512]
 
 One forward of the starter in bfloat16 at several batches and lengths: the base, LoRA merged into it, LoRA attached,
 Houlsby and Pfeiffer adapters, a prefix. All stand ready in one process and are called in turn. Prints milliseconds and
@@ -29,7 +29,7 @@ from deltaw.train.checkpoint import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "smollm2-135m-instruct"
-SIZES = [(1, 128), (4, 256)]  # rows, tokens; the paper: (1, 128), (16, 256), (32, 512) on a GPU
+SIZES = [(1, 128), (4, 256), (8, 512)]  # rows, tokens; the paper: (1, 128), (16, 256), (32, 512) on a GPU
 KINDS: dict[str, dict[str, Any] | None] = {
     "base": None,
     "lora, merged": None,
@@ -63,17 +63,24 @@ def made() -> dict[str, Any]:
     return {"base": base} | found
 
 
+def size(text: str) -> tuple[int, int]:
+    """Rows and tokens of "8x512"."""
+    rows, tokens = text.split("x")
+    return int(rows), int(tokens)
+
+
 @torch.no_grad()
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--sizes", type=size, nargs="+", default=SIZES, help="rows x tokens")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     models = made()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     rows: dict[str, Any] = {}
-    for n, length in SIZES:
+    for n, length in args.sizes:
         ids = torch.randint(0, 40_000, (n, length), generator=torch.Generator().manual_seed(1))
         times: dict[str, list[float]] = {name: [] for name in KINDS}
         for round_ in range(args.rounds + 2):

@@ -4,10 +4,12 @@ The naive answer it must beat: one rate for all (LoRA's 5e-4). What would change
 this budget is at an end of its grid, or loses to its neighbour on another seed.
 
     .venv/bin/python bench/bench_learning_rates.py [--methods lora vera] [--task supersense] [--tokens 15000] [--seed 0]
+        [--set warmup_ratio=0.2] [--no-test]
 
 Trains each method on a task at each rate of its grid, for one budget of tokens, and prints the loss and the exact
 matches on validation rows, by which a rate is chosen, those on test rows, which are only reported, and the perplexity
 of Wikipedia text, which says what was forgotten; appends a JSON row each to bench/results/learning_rates.jsonl.
+`--set` changes other settings of a recipe's `train`, which the row and the table name.
 `--table` writes the newest rows into docs/methods/index.md, between their marks.
 """
 
@@ -50,7 +52,7 @@ GRIDS: dict[str, list[float]] = {
 }
 
 
-def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, Any]:
+def one(label: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
     """Train and judge once, in this process."""
     import deltaw
     from deltaw.data.source import read_rows
@@ -58,6 +60,7 @@ def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, A
     from deltaw.data.template import encode_all
     from deltaw.train.evaluate import evaluate_rows
     from deltaw.train.loss import sft
+    from deltaw.train.recipe import load_recipe
     from deltaw.train.step import mean_loss
 
     chosen = METHODS[label]
@@ -67,19 +70,20 @@ def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, A
         "adapter": chosen["adapter"],
         "data": {"max_tokens": 512},
         "train": {
-            "steps": max(1, round(tokens / 1024)),
+            "steps": max(1, round(args.tokens / 1024)),
             "tokens_per_step": 1024,
             "lr": lr,
-            "seed": seed,
+            "seed": args.seed,
             "save_every_s": 1e6,
             **chosen.get("train", {}),
         },
         "eval": {"keep": "last"},
     }
-    data = ROOT / "data" / task
+    data = ROOT / "data" / args.task
     valid = read_rows(data / "valid.jsonl")
     with tempfile.TemporaryDirectory() as folder:
-        *_, done = deltaw.train(recipe, Path(folder) / "run", train_rows=data / "train.jsonl")
+        changes = [f"train.{change}" for change in args.set]
+        *_, done = deltaw.train(recipe, Path(folder) / "run", overrides=changes, train_rows=data / "train.jsonl")
         b = recipe["base"]
         if done.adapter:
             model = deltaw.load_base(
@@ -91,10 +95,12 @@ def one(label: str, lr: float, task: str, tokens: int, seed: int) -> dict[str, A
         examples = encode_all(valid, model.tokenizer, spec).examples
         loss = mean_loss(model, examples, sft)
         exact = evaluate_rows(model, valid[:100], "exact", spec)["value"]
-        test = evaluate_rows(model, read_rows(data / "test.jsonl")[:200], "exact", spec)["value"]
         wiki = evaluate_rows(model, read_rows(WIKI), "perplexity", DataSpec(max_tokens=2048))["value"]
-    judged = {"loss": loss, "exact": exact, "test": test, "wiki": wiki}
-    return judged | {"seconds": done.seconds, "tokens": done.tokens}
+        judged = {"loss": loss, "exact": exact, "wiki": wiki}
+        if args.test:
+            judged["test"] = evaluate_rows(model, read_rows(data / "test.jsonl")[:200], "exact", spec)["value"]
+    schedule = load_recipe(recipe, changes).train.schedule
+    return judged | {"seconds": done.seconds, "tokens": done.tokens, "schedule": schedule}
 
 
 def write_tables() -> None:
@@ -130,17 +136,31 @@ def short(rows: list[dict[str, Any]]) -> str:
 
 def long(rows: list[dict[str, Any]]) -> str:
     """What each run on the budget of the comparison reached, and what it forgot."""
-    lines = ["| method | task | rate | seed | validation loss | exact | exact on test rows | wiki perplexity |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    order = sorted(rows, key=lambda r: (list(GRIDS).index(r["method"]), r["task"], r["lr"], r["seed"]))
-    for r in order:
+    lines = ["| method | task | rate | also | seed | validation loss | exact | exact on test rows | wiki perplexity |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        return list(GRIDS).index(r["method"]), r["task"], r["lr"], also(r), r["seed"]
+
+    def also(r: dict[str, Any]) -> tuple[str, ...]:
+        changes = r.get("set", [])
+        schedule = r.get("schedule", "cosine")  # rows before it was noted, unless they set it
+        named = (
+            () if schedule == "cosine" or any("schedule" in change for change in changes) else (f"schedule={schedule}",)
+        )
+        return named + tuple(changes)
+
+    newest = {place(r): r for r in rows}
+    for key in sorted(newest):
+        r = newest[key]
         judged = [
             f"{r['loss']:.3f}",
             f"{r['exact']:.2f}",
             f"{r['test']:.3f}" if "test" in r else "",
             f"{r['wiki']:.1f}",
         ]
-        lines.append("| " + " | ".join([r["method"], r["task"], f"{r['lr']:g}", str(r["seed"]), *judged]) + " |")
+        told = ", ".join(f"`{change}`" for change in also(r))
+        lines.append("| " + " | ".join([r["method"], r["task"], f"{r['lr']:g}", told, str(r["seed"]), *judged]) + " |")
     return "\n".join(lines)
 
 
@@ -151,11 +171,13 @@ def main() -> None:
     p.add_argument("--rates", type=float, nargs="+", help="instead of the method's grid")
     p.add_argument("--tokens", type=int, default=15_000)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe's train")
+    p.add_argument("--test", action=argparse.BooleanOptionalAction, default=True, help="judge on test rows too")
     p.add_argument("--table", action="store_true", help="only write the tables")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
-        print(json.dumps(one(args.one, args.rates[0], args.task, args.tokens, args.seed)))
+        print(json.dumps(one(args.one, args.rates[0], args)))
         return
     if args.table:
         write_tables()
@@ -165,6 +187,7 @@ def main() -> None:
             told_first = identity("learning_rates")
             command = [sys.executable, __file__, "--one", label, "--rates", str(lr)]
             command += ["--task", args.task, "--tokens", str(args.tokens), "--seed", str(args.seed)]
+            command += [f"--set={change}" for change in args.set] + ([] if args.test else ["--no-test"])
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
                 lines = ended.stderr.strip().splitlines() or ["no message"]
@@ -172,7 +195,7 @@ def main() -> None:
                 print(f"{label:10} {lr:8g}  {found['failed'][:90]}", flush=True)
             else:
                 found = json.loads(ended.stdout.strip().splitlines()[-1])
-                told = "  ".join(f"{name} {found[name]:.4g}" for name in ("loss", "exact", "test", "wiki"))
+                told = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in found.items())
                 print(f"{label:10} {args.task:12} {lr:8g}  {told}", flush=True)
             row = {
                 **told_first,
@@ -181,6 +204,7 @@ def main() -> None:
                 "task": args.task,
                 "budget": args.tokens,
                 "lr": lr,
+                "set": args.set,
                 "seed": args.seed,
                 **found,
             }

@@ -3,11 +3,11 @@
 The naive answer it must beat: weights and optimizer states alone, without activations. What would change our mind: a
 planned peak more than 10 % from the measured one, or a growth after loading more than 15 % from it.
 
-    .venv/bin/python bench/bench_plan.py [--only WORD] [--steps 4]
+    .venv/bin/python bench/bench_plan.py [--only WORD] [--steps 4] [--draw 24 --seed 7]
 
 Each row is a fresh process that loads a base and takes real steps on random rows: SmolLM2-135M (the starter base) and,
-with random weights, the shapes of SmolLM2-360M and GPT-2 in the cache's folder `bench`. Prints a table; appends one
-JSON row each to bench/results/plan.jsonl.
+with random weights, the shapes of SmolLM2-360M and GPT-2 in the cache's folder `bench`. --draw measures configurations
+drawn at random instead (plan_draws.py). Prints a table; appends one JSON row each to bench/results/plan.jsonl.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deltaw.train.checkpoint import machine, versions
 from deltaw.train.measure import compared, measured
 from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
+from plan_draws import DRAWN, Case, draw
 
 RESULTS = Path(__file__).resolve().parent / "results" / "plan.jsonl"
 SMALL, MEDIUM, OTHER = "smollm2-135m-instruct", "smollm2-360m", "gpt2"
@@ -37,26 +38,25 @@ QV: dict[str, Any] = {"method": "lora", "rank": 64, "targets": ["q_proj", "v_pro
 NF4 = {"format": "nf4", "double_quant": True}
 BF16 = {"dtype": "bfloat16"}
 
-# base, settings of the base, adapter, rows, tokens, share that is learned, settings of the step
-CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], int, int, float, dict[str, Any]]] = [
-    (SMALL, BF16, LORA, 4, 256, 0.5, {}),
-    (SMALL, BF16, LORA, 8, 256, 1.0, {"checkpointing": True}),
-    (SMALL, {"dtype": "float32"}, LORA, 4, 128, 1.0, {}),
-    (SMALL, NF4 | BF16, LORA, 4, 256, 1.0, {}),
-    (SMALL, NF4 | BF16, QV, 2, 1024, 0.5, {"checkpointing": True}),
-    (SMALL, {"format": "int8"} | BF16, QV, 4, 512, 0.5, {}),
-    (SMALL, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {}),
-    (SMALL, {"dtype": "float32"}, {"method": "full"}, 4, 512, 0.5, {"checkpointing": True, "micro_tokens": 512}),
-    (MEDIUM, BF16, LORA, 4, 256, 0.5, {}),
-    (MEDIUM, BF16, QV, 2, 1024, 0.5, {}),
-    (MEDIUM, BF16, LORA, 8, 256, 1.0, {"checkpointing": True}),
-    (MEDIUM, NF4 | BF16, LORA, 4, 256, 0.5, {}),
-    (MEDIUM, NF4 | BF16, LORA, 8, 512, 0.5, {"checkpointing": True, "micro_tokens": 1024}),
-    (MEDIUM, {"format": "int8"} | BF16, QV, 4, 256, 1.0, {"checkpointing": True}),
-    (MEDIUM, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {}),
-    (MEDIUM, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {"checkpointing": True}),
-    (OTHER, BF16, LORA, 4, 256, 1.0, {}),
-    (OTHER, NF4 | BF16, LORA, 2, 1024, 1.0, {"checkpointing": True}),
+CONFIGS = [
+    Case(SMALL, BF16, LORA, 4, 256, 0.5, {}),
+    Case(SMALL, BF16, LORA, 8, 256, 1.0, {"checkpointing": True}),
+    Case(SMALL, {"dtype": "float32"}, LORA, 4, 128, 1.0, {}),
+    Case(SMALL, NF4 | BF16, LORA, 4, 256, 1.0, {}),
+    Case(SMALL, NF4 | BF16, QV, 2, 1024, 0.5, {"checkpointing": True}),
+    Case(SMALL, {"format": "int8"} | BF16, QV, 4, 512, 0.5, {}),
+    Case(SMALL, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {}),
+    Case(SMALL, {"dtype": "float32"}, {"method": "full"}, 4, 512, 0.5, {"checkpointing": True, "micro_tokens": 512}),
+    Case(MEDIUM, BF16, LORA, 4, 256, 0.5, {}),
+    Case(MEDIUM, BF16, QV, 2, 1024, 0.5, {}),
+    Case(MEDIUM, BF16, LORA, 8, 256, 1.0, {"checkpointing": True}),
+    Case(MEDIUM, NF4 | BF16, LORA, 4, 256, 0.5, {}),
+    Case(MEDIUM, NF4 | BF16, LORA, 8, 512, 0.5, {"checkpointing": True, "micro_tokens": 1024}),
+    Case(MEDIUM, {"format": "int8"} | BF16, QV, 4, 256, 1.0, {"checkpointing": True}),
+    Case(MEDIUM, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {}),
+    Case(MEDIUM, {"dtype": "float32"}, {"method": "full"}, 2, 256, 1.0, {"checkpointing": True}),
+    Case(OTHER, BF16, LORA, 4, 256, 1.0, {}),
+    Case(OTHER, NF4 | BF16, LORA, 2, 1024, 1.0, {"checkpointing": True}),
 ]
 
 
@@ -67,7 +67,7 @@ def base_of(name: str) -> Path:
         return starter
     folder = cache_dir() / "bench" / name
     if not (folder / "model.safetensors").is_file():
-        config = AutoConfig.for_model(**shapes()[name])
+        config = AutoConfig.for_model(**(DRAWN | shapes())[name])
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -80,14 +80,16 @@ def main() -> None:
     p.add_argument("--only", default="", help="configurations whose line holds this word")
     p.add_argument("--steps", type=int, default=4)
     p.add_argument("--dry", action="store_true", help="print only, keep no rows")
+    p.add_argument("--draw", type=int, default=0, help="measure so many configurations drawn at random")
+    p.add_argument("--seed", type=int, default=0, help="of the draw")
+    p.add_argument("--first", type=int, default=0, help="leave out so many of them, which were measured before")
     args = p.parse_args()
-    print(f"{'configuration':64s} {'peak':>14s} {'error':>7s} {'growth':>14s} {'error':>7s}")
-    for name, base, adapter, rows, length, learned, step in CONFIGS:
-        label = f"{name} {base.get('format', 'dense')} {base['dtype']} {adapter['method']}"
-        label += f" r{adapter['rank']} {'qv' if 'targets' in adapter else 'all'}" if "rank" in adapter else ""
-        label += f" {rows}x{length}" + "".join(f" {k}" if v is True else f" {k}={v}" for k, v in step.items())
-        if args.only not in label:
+    cases = draw(args.draw, args.seed)[args.first :] if args.draw else CONFIGS
+    print(f"{'configuration':84s} {'peak':>14s} {'error':>7s} {'growth':>14s} {'error':>7s}")
+    for case in cases:
+        if args.only not in case.label:
             continue
+        name, base, adapter, rows, length, learned, step = case
         recipe = load_recipe({"base": base | {"path": str(base_of(name))}, "adapter": adapter, "train": step})
         planner = Planner(recipe, Work.of_rows(rows, length, learned))
         plan = planner.plan()
@@ -95,11 +97,18 @@ def main() -> None:
         errors = compared(plan, found)
         peak, growth = errors["peak"], errors["growth"]
         print(
-            f"{label:64s} {peak['planned'] / 1e6:6.0f} /{peak['measured'] / 1e6:6.0f} {peak['error']:+7.1%} "
+            f"{case.label:84s} {peak['planned'] / 1e6:6.0f} /{peak['measured'] / 1e6:6.0f} {peak['error']:+7.1%} "
             f"{growth['planned'] / 1e6:6.0f} /{growth['measured'] / 1e6:6.0f} {growth['error']:+7.1%}",
             flush=True,
         )
-        row = {"label": label, "learned": learned, "planned": plan.plain(), "measured": found, "errors": errors}
+        row = {
+            "label": case.label,
+            "seed": args.seed if args.draw else None,
+            "learned": learned,
+            "planned": plan.plain(),
+            "measured": found,
+            "errors": errors,
+        }
         row |= {"versions": versions(), "machine": machine()}
         if args.dry:
             continue

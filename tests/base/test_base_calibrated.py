@@ -14,22 +14,26 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.core import fingerprint
+from deltaw.core.fingerprint import BaseFingerprint, fingerprint_folder
 from deltaw.data.source import data_hash, read_rows
 from deltaw.data.spec import DataSpec
 from deltaw.data.template import encode_all
 from deltaw.errors import BaseError, DataError
 from deltaw.formats.calibrate import calibrated, inverse_factor, second_moment
+from deltaw.merge.bake import bake
 from deltaw.merge.quantise import Calibration, quantise_base
 from deltaw.model.base import load_base
 from deltaw.model.calibrated import calibrate, windows
 from deltaw.model.describe import describe_base
 from deltaw.model.frozen import FrozenLinear
+from deltaw.model.identity import OtherBaseWarning
 from deltaw.model.load import load_tokenizer, load_transformers
 from deltaw.model.originals import originals
 from deltaw.model.quantised import Format, frozen_weights
 from deltaw.model.sites import find_sites
 from deltaw.train.events import Step
 from kinds.made_kinds import save_base as save_kind
+from merge.made_bases import noisy
 from train.tiny_runs import ROWS, save_base
 
 KINDS = ("llama", "gpt2", "gemma2", "phi3", "gpt_neox")
@@ -123,13 +127,13 @@ def test_a_trained_network_loses_less_than_with_the_nearest_levels(tmp_path, dat
 def test_a_written_folder_keeps_the_codes_the_identity_and_what_they_were_chosen_for(tmp_path, data):
     base = save_base(tmp_path / "base")
     said: list[str] = []
-    report = quantise_base(base, tmp_path / "out", NF4, calibration=Calibration(data, 3000), say=said.append)
+    report = quantise_base(base, tmp_path / "out", NF4, calibration=Calibration(data, 3000, 0), say=said.append)
     net, _, _ = calibrated_net(base, NF4, ids_of(data, base, 3000))
     loaded = load_base(tmp_path / "out")
     for name, weight in frozen_weights(net).items():
         assert torch.equal(frozen_weights(loaded.net)[name].codes, weight.codes)
     plain = load_base(base, "nf4", double_quant=True)
-    assert loaded.fingerprint == plain.fingerprint
+    assert loaded.fingerprint.model_copy(update={"codes": ""}) == plain.fingerprint
     told = {
         "data": "text.jsonl", "data_hash": data_hash(read_rows(data)), "tokens": 46 * 64, "window": 64,
         "damping": 0.01, "maps": 14,
@@ -172,10 +176,53 @@ def test_an_adapter_trains_on_it(tmp_path, data):
     events = list(deltaw.train(recipe, tmp_path / "run", train_rows=ROWS))
     losses = [e.loss for e in events if isinstance(e, Step)]
     assert losses[-1] < 0.8 * losses[0]
-    model = load_base(base, "nf4", double_quant=True)
+    adapter = events[-1].adapter
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.attach(events[-1].adapter)  # the same base in the same format, by its identity
+        load_base(tmp_path / "out").attach(adapter)  # its own codes
+    codes = deltaw.load_adapter(tmp_path / "run").fingerprint.codes[:12]
+    other = rf"codes: adapter has {codes}, this model has "
+    with pytest.warns(OtherBaseWarning, match=other + "the nearest levels"):
+        load_base(base, "nf4", double_quant=True).attach(adapter)
+    quantise_base(base, tmp_path / "more", NF4, calibration=Calibration(data, 3000))
+    with pytest.warns(OtherBaseWarning, match=other + load_base(tmp_path / "more").fingerprint.codes[:12]):
+        load_base(tmp_path / "more").attach(adapter)
+    with pytest.warns(OtherBaseWarning) as said:
+        load_base(base).attach(adapter)
+    assert "format: adapter has nf4+dq, this model has dense" in str(said[0].message)
+    assert "codes" not in str(said[0].message)  # the format says it all
+
+
+def test_merging_into_other_codes_than_the_adapter_s_is_said(tmp_path, data):
+    base = save_base(tmp_path / "base")
+    quantise_base(base, tmp_path / "out", NF4, calibration=Calibration(data, 700))
+    adapter = noisy(tmp_path / "out")
+    codes = adapter.fingerprint.codes[:12]
+    with pytest.warns(OtherBaseWarning, match=f"codes: adapter has {codes}, this model has the nearest levels"):
+        bake(base, adapter, tmp_path / "wrong", into="dequantised", measure=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bake(tmp_path / "out", adapter, tmp_path / "merged", into="dequantised", measure=False)
+
+
+def test_codes_are_part_of_the_identity_only_where_they_were_chosen(tmp_path, data):
+    base = save_base(tmp_path / "base")
+    for name, most, shards in (("one", 700, 10**9), ("two", 700, 10_000), ("more", 3000, 10**9)):
+        text = Calibration(data, most)
+        quantise_base(base, tmp_path / name, NF4, calibration=text, shard_bytes=shards)
+    quantise_base(base, tmp_path / "plain", NF4)
+    prints = {name: fingerprint_folder(tmp_path / name) for name in ("one", "two", "more", "plain", "base")}
+    assert len(prints["one"].codes) == 64
+    assert prints["one"].differences(prints["plain"]).keys() == {"codes"}
+    for name in ("plain", "base"):
+        assert prints[name].codes == ""
+        assert "codes" not in prints[name].model_dump_json()  # the ids of adapters stay what they were
+        assert "codes" not in prints[name].model_dump()
+    again = BaseFingerprint.model_validate_json(prints["one"].model_dump_json())
+    assert again == prints["one"]
+    assert load_base(tmp_path / "one").fingerprint == prints["one"]
+    assert prints["two"] == prints["one"]
+    assert prints["more"].differences(prints["one"]).keys() == {"codes"}
 
 
 def test_maps_that_the_text_does_not_reach_keep_their_nearest_levels(tmp_path, data):

@@ -122,7 +122,7 @@ def test_chat_template_is_soft_wherever_it_is_kept(base):
     assert before.differences(fingerprint_folder(base)) == {}
     edit_json(base / "tokenizer_config.json", chat_template=template + "!")
     assert set(before.differences(fingerprint_folder(base))) == {"chat_template"}
-    assert SOFT == ("chat_template", "format")
+    assert SOFT == ("chat_template", "format", "codes")
 
 
 def test_old_and_new_spelling_of_a_config_are_one_architecture(base):

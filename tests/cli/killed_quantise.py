@@ -1,6 +1,6 @@
 """A program: quantises one base, each time killed with SIGKILL at another moment, then to its end.
 
-    python killed_quantise.py BASE OUT CACHE
+    python killed_quantise.py BASE OUT CACHE TEXT
 
 It prints one JSON line per moment: how that process ended, and what stands in OUT's folder afterwards.
 """
@@ -18,7 +18,7 @@ import torch
 import deltaw.merge.checkpoint
 import deltaw.merge.quantise
 from deltaw.core.fingerprint import set_cache_dir
-from deltaw.merge.quantise import quantise_base
+from deltaw.merge.quantise import Calibration, quantise_base
 from deltaw.model.quantised import Format
 
 
@@ -27,7 +27,7 @@ def die(*_: object, **__: object) -> None:
 
 
 def hook(moment: str, out: Path) -> None:
-    """Die half way through the weights, before the note of the source, or before the last rename."""
+    """Die at the first step of tuning, half way through the weights, before the note, or before the last rename."""
     save, write, rename = deltaw.merge.checkpoint.save_file, deltaw.merge.quantise.write_text, os.rename
 
     def half_saved(tensors: object, path: Path, **options: object) -> None:
@@ -35,7 +35,9 @@ def hook(moment: str, out: Path) -> None:
         os.truncate(path, path.stat().st_size // 2)
         die()
 
-    if moment == "weights":
+    if moment == "tuning":
+        torch.optim.Adam.step = die
+    elif moment == "weights":
         deltaw.merge.checkpoint.save_file = half_saved
     elif moment == "note":
         deltaw.merge.quantise.write_text = lambda at, text: die() if at.name == "deltaw_base.json" else write(at, text)
@@ -43,14 +45,14 @@ def hook(moment: str, out: Path) -> None:
         os.rename = lambda old, new: die() if Path(new) == out else rename(old, new)
 
 
-def main(base: Path, out: Path, cache: Path) -> None:
+def main(base: Path, out: Path, cache: Path, text: Path) -> None:
     torch.set_num_threads(1)
     set_cache_dir(cache)
-    for moment in ("weights", "note", "rename", "never"):
+    for moment in ("tuning", "weights", "note", "rename", "never"):
         child = os.fork()
         if child == 0:
             hook(moment, out)
-            quantise_base(base, out, Format("nf4", 64, True))
+            quantise_base(base, out, Format("nf4", 64, True), calibration=Calibration(text, 700))
             os._exit(0)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         there = sorted(p.name for p in out.iterdir()) if out.exists() else None

@@ -67,8 +67,14 @@ def test_quantize_for_a_text_says_so_and_inspect_shows_it(deltaw: Call, base: Pa
     how = ("--base", base, "--calibrate", text, "--calibrate-tokens", 700)
     ended = deltaw("quantize", *how, "--out", tmp_path / "out", "--json")
     assert ended.code == 0
-    assert ended.err == f"quantising {base} to nf4\ncalibrating on 640 tokens of {text}\n"
     told = ended.json["calibration"]
+    before, after = told["tuned"]["before"], told["tuned"]["after"]
+    first = f"quantising {base} to nf4\ncalibrating on 640 tokens of {text}\ntuned scales, pass 1 of 1: "
+    assert ended.err.startswith(first)
+    assert ended.err.endswith(f" nats from dense, {before:.4f} before\n")
+    assert after <= before
+    untuned = deltaw("quantize", *how, "--tune-passes", 0, "--out", tmp_path / "untuned", "--json")
+    assert "tuned" not in untuned.json["calibration"]
     assert (told["data"], told["tokens"], told["window"], told["maps"]) == ("text.jsonl", 640, 64, 14)
     assert deltaw("inspect", tmp_path / "out", "--json").json["calibration"] == told
     shown = deltaw("inspect", tmp_path / "out").out
@@ -90,6 +96,8 @@ def test_quantize_refuses_in_one_sentence_and_writes_nothing(
     refused(call(format="nf5"), "BaseError", "unknown format 'nf5'. Did you mean 'nf4'")
     refused(call(format="dense"), "BaseError", "unknown format 'dense'. Known: nf4, fp4, int4, int8")
     refused(call(block=48), "BaseError", "a block of 48 values is not possible", "Take one of 32")
+    for alone in ("tune-passes", "calibrate-tokens"):
+        refused(call(**{alone: 3}), "BadInput", "belong to a text: pass --calibrate FILE too")
     refused(call(dtype="bfloat61"), "BaseError", "Did you mean 'bfloat16'")
     refused(call(base=tmp_path / "nowhere"), "BaseError", "nowhere")
     refused(call(base=folder), "BaseError", "is quantised already (nf4+dq)")
@@ -152,16 +160,18 @@ def test_out_may_be_the_current_folder_or_a_link(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_a_kill_at_any_moment_leaves_nothing_at_out(base: Path, tmp_path: Path, cache: Path) -> None:
+    text = write_rows(tmp_path / "text.jsonl", ROWS * 9)
     program = Path(__file__).with_name("killed_quantise.py")
-    command = [sys.executable, "-W", "ignore", str(program), str(base), str(tmp_path / "out"), str(cache)]
+    command = [sys.executable, "-W", "ignore", str(program), str(base), str(tmp_path / "out"), str(cache), str(text)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]
     assert [(t["moment"], t["ended"]) for t in told] == [
-        ("weights", -signal.SIGKILL), ("note", -signal.SIGKILL), ("rename", -signal.SIGKILL), ("never", 0),
+        ("tuning", -signal.SIGKILL), ("weights", -signal.SIGKILL), ("note", -signal.SIGKILL),
+        ("rename", -signal.SIGKILL), ("never", 0),
     ], ended.stderr  # fmt: skip
-    assert [t["there"] for t in told[:3]] == [None, None, None]
-    assert {"config.json", "model.safetensors", "deltaw_base.json"} <= set(told[3]["there"])
+    assert [t["there"] for t in told[:-1]] == [None] * 4
+    assert {"config.json", "model.safetensors", "deltaw_base.json"} <= set(told[-1]["there"])
     assert load_base(tmp_path / "out").fingerprint.format == "nf4+dq"
 
 

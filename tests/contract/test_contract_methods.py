@@ -155,7 +155,9 @@ def test_a_pack_computes_what_its_documents_compute_alone(case):
             tensor.grad = part if weighed[k] is None else weighed[k] + part
     for name, tensor in model.trainable().items():
         scale = float(packed[name].abs().max())
-        torch.testing.assert_close(tensor.grad, packed[name], rtol=0, atol=2e-5 * max(scale, 1.0), msg=name)
+        apart = float((tensor.grad - packed[name]).abs().max())
+        # PiSSA's factors are large: in float32 either way is 2e-5 from float64's gradient, in float64 both agree
+        assert apart <= 5e-5 * max(scale, 1.0), f"{name}: {apart} of {scale}"
 
 
 def test_checkpointing_gives_the_same_gradients(case):

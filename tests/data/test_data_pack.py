@@ -26,10 +26,11 @@ def test_three_documents_are_packed_with_their_bounds():
         "predict_at": [1, 4, 6],
         "target_ids": [9, 3, 1],
     }
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        assert value.dtype == torch.int64
-        assert value.tolist() == expected[field.name]
+    assert {field.name for field in fields(batch)} == expected.keys() | {"fronts"}
+    for name, values in expected.items():
+        assert getattr(batch, name).dtype == torch.int64
+        assert getattr(batch, name).tolist() == values
+    assert batch.fronts is None
     assert (batch.n_tokens, batch.n_targets, batch.n_docs) == (8, 3, 3)
 
 

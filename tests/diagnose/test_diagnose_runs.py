@@ -59,7 +59,7 @@ def _rows_file(folder: Path, data: list[dict[str, str]]) -> Path:
     return folder / "other.jsonl"
 
 
-@pytest.mark.parametrize(("alpha", "word"), [(900, "too large"), (0.009, "too small")])
+@pytest.mark.parametrize(("alpha", "word"), [(900, "too large"), (0.005, "too small")])
 def test_diagnose_runs_finds_an_alpha_far_off(base, tmp_path, alpha, word):
     found = deltaw.diagnose(run(base, tmp_path / "run", data=LEARNED, adapter=lora(6, alpha)))
     assert found.findings[0].kind == "alpha_misconfigured"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import deltaw
 from deltaw.core.spec import MethodSpec
+from deltaw.data.needed import needed
 from deltaw.data.pack import collate
 from deltaw.data.template import Example
 from deltaw.formats import QUANTISED
@@ -39,13 +40,23 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def rows(seed: int, n: int = 4) -> list[Example]:
+    """Documents of which some begin alike, and one ends behind its last target."""
     rng = torch.Generator().manual_seed(seed)
+    begin = torch.randint(3, VOCAB, (9,), generator=rng).tolist()
     found = []
     for i in range(n):
         length = 3 + 4 * i
-        ids = torch.randint(3, VOCAB, (length,), generator=rng).tolist()
-        found.append(Example(tuple(ids), tuple(t > 1 + i for t in range(length)), f"row {i}"))
+        ids = [*begin[: 1 + i], *torch.randint(3, VOCAB, (length - 1 - i,), generator=rng).tolist()]
+        found.append(Example(tuple(ids), tuple(1 + i < t < (14 if i else 3) for t in range(length)), f"row {i}"))
     return found
+
+
+def test_fused_parity_rows_have_a_front_and_a_tail() -> None:
+    batch = collate(rows(1))
+    less = needed(batch)
+    assert less.fronts is not None
+    assert less.n_tokens < batch.n_tokens - 3
+    assert int(less.positions.max()) < int(batch.positions.max())
 
 
 @contextmanager

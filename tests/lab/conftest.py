@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lab_bench import STARTER, Bench
 from lab_chromium import MISSING, start
 from lab_page import Page, served
 
+from deltaw.core.fingerprint import cache_dir, set_cache_dir
 from deltaw.lab.base import Lab
 from deltaw.lab.server import make_app
 from models import make_net
@@ -40,7 +42,15 @@ def tiny(tiny_folder: Path) -> Bench:
 
 @pytest.fixture(scope="session")
 def starter() -> Bench:
-    return Bench(Lab(STARTER))
+    """A lab on the real starter, loaded with the user's cache, where its fingerprint lies; other tests set theirs."""
+    before, named = cache_dir(), os.environ.get("DELTAW_CACHE")
+    set_cache_dir(Path(named) if named else None)
+    try:
+        bench = Bench(Lab(STARTER))
+        assert bench.lab.model.fingerprint is not None
+    finally:
+        set_cache_dir(before)
+    return bench
 
 
 @pytest.fixture(scope="module")

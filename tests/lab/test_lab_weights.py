@@ -11,8 +11,8 @@ from lab_bench import Bench, numbers, texts
 
 from deltaw.errors import BadInput
 from deltaw.formats import NF4Weight
-from deltaw.lab.lowrank import made_update
-from deltaw.merge.factors import Keep, cut_dense
+from deltaw.lab.lowrank import made_update, singular_values
+from deltaw.merge.factors import Keep, cut_dense, decomposed
 
 
 def singular(matrix: torch.Tensor) -> torch.Tensor:
@@ -179,5 +179,17 @@ def test_lab_weights_a_prefix_of_the_whole_cut_is_the_cut(tiny: Bench):
     """What picture 6 relies on when it keeps one decomposition for every rank."""
     W = tiny.lab.weight(0, "up_proj")
     whole, cut = tiny.lab.decomposed(0, "up_proj"), cut_dense(W, Keep(5), "up")
-    assert torch.equal(whole.A[:5], cut.A)
-    assert torch.equal(whole.B[:, :5], cut.B)
+    assert torch.allclose(whole.B[:, :5] @ whole.A[:5], cut.B @ cut.A, atol=2e-7)
+    assert torch.allclose(whole.B @ whole.A, W, atol=2e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_lab_weights_a_decomposition_by_the_gram_matrix_is_the_exact_one(shape: tuple[int, int]):
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) @ torch.diag(0.7 ** torch.arange(shape[1]))
+    W[:, 3] = 0.0  # a direction of nothing
+    found, exact = decomposed(W, "W"), cut_dense(W, Keep(), "W")
+    assert found.norm == pytest.approx(exact.norm, rel=1e-12)
+    top = float(singular(W)[0])
+    assert torch.allclose(singular_values(found), singular_values(exact), atol=1e-6 * top)  # the exact one is float32
+    for rank in (1, 5, 20):
+        assert torch.allclose(found.B[:, :rank] @ found.A[:rank], exact.B[:, :rank] @ exact.A[:rank], atol=1e-5 * top)

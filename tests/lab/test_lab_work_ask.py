@@ -239,6 +239,9 @@ def test_lab_work_ask_who_leaves_ends_the_answers(tiny: Bench, desk: Desk, monke
     thread.start()
     while not server.started:
         time.sleep(0.02)
+    made = there[0].served()
+    run = made.engine._runner.run
+    made.engine._runner.run = lambda batch: (time.sleep(0.02), run(batch))[1]  # 4 s to its end: nobody waits so long
     body = json.dumps({"prompt": "x", "adapters": ["base"], "max_tokens": 200, "temperature": 1})
     head = f"POST /api/work/ask HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -248,7 +251,6 @@ def test_lab_work_ask_who_leaves_ends_the_answers(tiny: Bench, desk: Desk, monke
         while b'"token"' not in seen:
             seen += wire.recv(4096)
     until = time.monotonic() + 20
-    made = there[0].served()
     while made.engine.stats().running and time.monotonic() < until:
         time.sleep(0.02)
     assert made.engine.stats().running == 0

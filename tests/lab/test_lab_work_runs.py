@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +133,53 @@ def test_lab_work_a_run_stops_with_its_step_waits_its_turn_and_goes_on(work: Wor
     assert Runs(work.runs).state("long")["state"] == "stopped", "a lab that did not begin it says so too"
     assert work.post("runs/long/resume").json()["state"] == "running"
     work.until("long", lambda run: run["step"] > stopped["step"])
+
+
+LAB = """
+import json, sys, time
+from pathlib import Path
+from deltaw.lab.runs import Runs
+runs = Runs(Path(sys.argv[1]))
+for name, recipe in json.loads(sys.argv[2]).items():
+    runs.start(name, recipe)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_lab_work_runs_that_waited_when_the_lab_was_killed_wait_again(work: Work, tiny: Bench):
+    asked = {"long": work.recipe(LONG), "gone": work.recipe(2), "next": work.recipe(2), "last": work.recipe(3)}
+    words = [sys.executable, "-c", LAB, str(work.runs), json.dumps(asked)]
+    lab = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert lab.stdout is not None
+    with lab.stdout as said:
+        assert said.readline() == "begun\n"
+    second = make_app(tiny.lab, desk=desk_in(work.runs))  # beside it: it leaves the first one's queue alone
+    seen = TestClient(second, base_url=HERE).get("/api/work/runs/next").json()
+    assert seen["state"] == "stopped"
+    lab.kill()
+    lab.wait()
+    (work.runs / "recipes" / "gone.yaml").unlink()
+    after = TestClient(make_app(tiny.lab, desk=desk_in(work.runs)), base_url=HERE, headers={"origin": HERE})
+    states = {run["name"]: run["state"] for run in after.get("/api/work/runs").json()["runs"]}
+    assert states == {"long": "running", "next": "waiting", "last": "waiting"}
+    assert after.get("/api/work/runs/last").json()["sentence"].endswith("and 1 before it.")
+    assert after.post("/api/work/runs/next/stop", json={}).json()["state"] == "stopped"
+    assert json.loads((work.runs / "recipes" / "queue.json").read_text()) == ["last"]
+    assert after.post("/api/work/runs/long/stop", json={}).status_code == 200
+    assert work.ended("long")["state"] == "stopped"
+    done = work.until("last", lambda run: run["state"] == "done")
+    assert done["step"] == 3
+    assert json.loads((work.runs / "recipes" / "queue.json").read_text()) == []
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "7", '{"a": 1}', '["absent", 3, "../x"]'])
+def test_lab_work_a_damaged_queue_holds_nobody_up(work: Work, tiny: Bench, damaged: str):
+    recipes = work.runs / "recipes"
+    recipes.mkdir()
+    (recipes / "queue.json").write_text(damaged)
+    opened = TestClient(make_app(tiny.lab, desk=desk_in(work.runs)), base_url=HERE)
+    assert opened.get("/api/work/runs").json()["runs"] == []
 
 
 def test_lab_work_a_run_that_fails_says_why(work: Work):

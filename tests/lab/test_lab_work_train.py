@@ -221,8 +221,8 @@ def test_lab_work_the_plan_is_the_planners_and_the_yaml_is_the_recipe(form: Form
 
 def test_lab_work_a_plan_is_made_once_and_learning_rates_need_no_new_one(form: Form, monkeypatch: pytest.MonkeyPatch):
     made = []
-    real = plans._planned
-    monkeypatch.setattr(plans, "_planned", lambda recipe: made.append(1) or real(recipe))
+    real = plans.Plans._plan
+    monkeypatch.setattr(plans.Plans, "_plan", lambda self, recipe: made.append(1) or real(self, recipe))
     recipe = form.recipe(rank=2)
     first = form.plan(recipe).json()
     second = form.plan(recipe | {"train": {"lr": 0.5, "schedule": "constant"}}).json()
@@ -230,6 +230,25 @@ def test_lab_work_a_plan_is_made_once_and_learning_rates_need_no_new_one(form: F
     assert len(made) == 1
     form.plan(recipe | {"train": {"checkpointing": True}})
     assert len(made) == 2
+
+
+def test_lab_work_rows_are_read_once_until_their_file_changes(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read = []
+    real = plans.encoded_rows
+    monkeypatch.setattr(plans, "encoded_rows", lambda recipe: read.append(1) or real(recipe))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a?", "completion": "yes"}\n' * 3)
+    recipe = form.recipe() | {"data": {"train": str(rows)}}
+    first = form.plan(recipe).json()
+    other = form.plan(recipe | {"adapter": {"method": "lora", "rank": 5}}).json()
+    assert (first["assumed"], other["assumed"], len(read)) == (False, False, 1)
+    assert other["plan"]["settings"]["length"] == first["plan"]["settings"]["length"]
+    rows.write_text('{"prompt": "what is it?", "completion": "a longer row"}\n' * 3)
+    longer = form.plan(recipe).json()
+    assert len(read) == 2
+    assert longer["plan"]["settings"]["length"] > first["plan"]["settings"]["length"]
 
 
 def test_lab_work_what_does_not_fit_says_why(form: Form, monkeypatch: pytest.MonkeyPatch):

@@ -239,7 +239,7 @@ def test_the_models_own_attention_is_back_after_a_pack():
     assert model.net.config._attn_implementation == before
     assert torch.equal(model.logits(ids), logits)
     with pytest.raises(IndexError):
-        model.pack_logits(make_batch([torch.tensor([1, VOCAB + 7])]))
+        model.pack_logits(make_batch([torch.tensor([1, VOCAB + 7, 1])]))
     assert model.net.config._attn_implementation == before
 
 

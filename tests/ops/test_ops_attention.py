@@ -44,11 +44,13 @@ def made(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, list[T
     return torch.tensor([0, *itertools.accumulate(lengths)]), [*rows, g]
 
 
-def all_of(bounds: Tensor, rows: list[Tensor], scale: float, window: int | None = None) -> list[Tensor]:
+def all_of(
+    bounds: Tensor, rows: list[Tensor], scale: float, window: int | None = None, fronts: Tensor | None = None
+) -> list[Tensor]:
     """[o, lse, dq, dk, dv]"""
     q, k, v, g = rows
-    o, lse = attend(q, k, v, bounds, scale, window=window)
-    return [o, lse, *attend_backward(g, q, k, v, o, lse, bounds, scale, window=window)]
+    o, lse = attend(q, k, v, bounds, scale, window=window, fronts=fronts)
+    return [o, lse, *attend_backward(g, q, k, v, o, lse, bounds, scale, window=window, fronts=fronts)]
 
 
 def compare(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
@@ -173,6 +175,74 @@ def test_the_number_of_threads_changes_no_bit(lengths, dtype, any_path):
         return
     for other in results[1:]:
         assert all(a.equal(b) for a, b in zip(other, results[0], strict=True))
+
+
+# Documents that go on from a front -----------------------------------------------------------------------------------
+
+# lengths, query heads, key-value heads, features, window; fronts
+FOLLOWING = [
+    (([1, 1, 2], 2, 1, 16, None), [-1, 0, 0]),
+    (([13, 24, 25, 3, 40], 3, 1, 64, None), [-1, 0, 0, 0, 0]),
+    (([24, 13, 25, 60, 33, 8, 0], 6, 2, 32, None), [1, -1, 1, -1, 3, 1, 1]),
+    (([65, 130, 64, 63, 300], 2, 2, 80, None), [-1, 0, 0, 0, -1]),
+    (([17, 90, 3, 70], 4, 1, 128, 33), [-1, 0, 0, 0]),
+    (([260, 5, 1, 70, 9], 3, 1, 48, None), [-1, 0, 0, 0, 0]),
+    (([19, 300, 200], 2, 1, 7, None), [-1, 0, 0]),
+]
+
+
+def by_copies(case: tuple, fronts: list[int], rows: list[Tensor], scale: float) -> list[Tensor]:
+    """What `all_of` gives in float64 where each document has a copy of its front, whose gradients are added up."""
+    bounds = list(itertools.accumulate(case[0], initial=0))
+    own = [torch.arange(a, b) for a, b in itertools.pairwise(bounds)]
+    whole = [o if f < 0 else torch.cat([own[f], o]) for o, f in zip(own, fronts, strict=True)]
+    at = torch.cat(whole)
+    is_own = torch.cat([torch.arange(len(w)) >= len(w) - len(o) for w, o in zip(whole, own, strict=True)])
+    q, k, v, g = (t.double()[at] for t in rows)
+    ends = torch.tensor([0, *itertools.accumulate(len(w) for w in whole)])
+    o, lse, dq, dk, dv = all_of(ends, [q, k, v, g * is_own[:, None, None]], scale, case[4])
+    order = at[is_own].argsort()
+    sums = [torch.zeros(bounds[-1], *t.shape[1:], dtype=torch.float64).index_add_(0, at, t) for t in (dq, dk, dv)]
+    return [o[is_own][order], lse[:, is_own][:, order], *sums]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "fronts"), FOLLOWING, ids=str)
+def test_what_follows_a_front_sees_it_as_if_it_had_a_copy(case, fronts, dtype, any_path):
+    bounds, rows = made(case, dtype)
+    scale = 1.3 * case[3] ** -0.5
+    got = all_of(bounds, rows, scale, case[4], torch.tensor(fronts))
+    compare(got, by_copies(case, fronts, rows, scale), dtype)
+    copies = [t.clone() for t in rows]
+    o, lse = attend(*copies[:3], bounds, scale, window=case[4], fronts=torch.tensor(fronts))
+    places = (copies[3], *copies[1:3])
+    attend_backward(
+        copies[3], *copies[:3], o, lse, bounds, scale, window=case[4], fronts=torch.tensor(fronts), out=places
+    )
+    assert all(a.equal(b) for a, b in zip(places, got[2:], strict=True)), "gradients may replace the inputs"
+
+
+@pytest.mark.parametrize(("case", "fronts"), FOLLOWING, ids=str)
+def test_the_number_of_threads_changes_no_bit_behind_a_front(case, fronts):
+    bounds, rows = made(case, torch.bfloat16)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(all_of(bounds, rows, 0.2, case[4], torch.tensor(fronts)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("fronts", [[0, -1, 0], [-1, 3, 0], [-1, 0, 1], [-1, -2, 0], [1, -1, -1]], ids=str)
+def test_fronts_that_are_none_are_refused(fronts, any_path):
+    bounds, rows = made(([9, 0, 31], 2, 1, 16, None), torch.float32)
+    with pytest.raises(ShapeError, match="goes on from"):
+        attend(*rows[:3], bounds, 0.3, fronts=torch.tensor(fronts))
+    with pytest.raises(ShapeError, match="int64"):
+        attend(*rows[:3], bounds, 0.3, fronts=torch.tensor([-1, -1]))
 
 
 # What a token sees --------------------------------------------------------------------------------------------------

@@ -103,3 +103,45 @@ def test_ops_block_refuses_a_second_backward() -> None:
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="runs once"):
         y.sum().backward()
+
+
+def test_ops_block_keeps_its_result_alone_where_it_is_computed_again() -> None:
+    torch.manual_seed(0)
+    block, arena = made_block("split"), Arena()
+    x = drawn(7, WIDTH).requires_grad_()
+    angles = torch.zeros(7, DIM, dtype=torch.float64)
+    pack = Pack(BOUNDS, angles.cos(), angles.sin())
+    y = fused(block, x, pack, arena, again=True)
+    one = arena.kept
+    assert y.nbytes <= one < y.nbytes + 64
+    z = fused(block, y, pack, arena, again=True)
+    assert arena.kept == 2 * one
+    z.sum().backward()
+    assert arena.kept == 0
+
+
+@pytest.mark.parametrize("kind", ["split", "heads"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_ops_block_may_write_the_gradient_of_its_input_over_it(kind: str, again: bool, some_rows: bool) -> None:
+    torch.manual_seed(2)
+    blocks = [made_block(kind) for _ in range(3)]
+    start = drawn(7, WIDTH)
+    angles = drawn(7, 2).repeat(1, 2)
+    pack = Pack(BOUNDS, angles.cos(), angles.sin())
+    rows = torch.tensor([0, 3, 5]) if some_rows else None
+    found = []
+    for spend in (False, True):
+        x = start.clone().requires_grad_()
+        y = fused(blocks[0], x, pack, arena := Arena(), again=again)
+        z = fused(blocks[1], y, pack, arena, again=again, spend=spend)
+        out = fused(blocks[2], z, pack, arena, rows=rows, again=again, spend=spend)
+        seen: list[int] = []
+        y.register_hook(lambda g, seen=seen: seen.append(g.data_ptr()))
+        trained = [t for block in blocks for t in block.parameters() if t.requires_grad]
+        found.append(torch.autograd.grad(out.square().sum(), [x, *trained]))
+        assert (seen == [y.data_ptr()]) == spend
+        assert arena.kept == 0
+        assert torch.equal(x, start)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -154,6 +154,43 @@ def test_products_are_the_dense_matrix(any_path, dtype, nested):
             assert_a_product(mul_t(d, blocks), d, w.T)
 
 
+def assert_the_weights_of(y: Tensor, x: Tensor, blocks: Blocks, bias: Tensor | None, back: bool = False) -> None:
+    """y is x W^T + bias, or x W, of W dequantised to float32 or to y's dtype, summed in float32 and rounded once."""
+    worst, k = [], x.shape[-1]
+    for w in (dequantise_reference(blocks).double(), dequantise_reference(blocks, y.dtype).double()):
+        w = w.T if back else w
+        exact = F.linear(x.double(), w, None if bias is None else bias.double())
+        room = 4 * 2.0**-24 * math.sqrt(k) * F.linear(x.double().abs(), w.abs()) + 1.1 * HALF_ULP[y.dtype] * exact.abs()
+        worst.append(((y.double() - exact).abs() / (room + 1e-30)).max().item())
+    assert min(worst) <= 1, f"{worst} times what rounding allows"
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+def test_many_rows_take_the_weights_that_dequantise_gives(any_path, levels):
+    """More rows than wait for their sums at a time, more columns than a task takes, several hundred terms."""
+    cases = ((34, 200, 64, 2051), (210, 66, 32, 67), (700, 580, 128, 73), (30, 35, 64, 75), (35, 30, 4096, 75))
+    for seed, (out, cols, block, n) in enumerate(cases):
+        blocks = blocks_of(made((out, cols), seed), levels, block, bool(seed % 2))
+        g = torch.Generator().manual_seed(seed)
+        x, d = torch.randn(n, cols, generator=g).bfloat16(), torch.randn(n, out, generator=g).bfloat16()
+        bias = torch.randn(out, generator=g).bfloat16() if seed else None
+        assert_the_weights_of(mul(x, blocks, bias), x, blocks, bias)
+        assert_the_weights_of(mul_t(d, blocks), d, blocks, None, back=True)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 256, 4096])
+def test_few_rows_take_the_weights_that_dequantise_gives(any_path, block, nested):
+    """Rows of whole 64 columns, longer than the columns taken at a time, no multiple of the rows taken at a time."""
+    for seed, (name, (out, cols)) in enumerate(itertools.product(LEVELS, ((37, 576), (6, 1600)))):
+        blocks = blocks_of(made((out, cols), seed), LEVELS[name], block, nested)
+        g = torch.Generator().manual_seed(seed)
+        for n, dtype in itertools.product((1, 2, 3, 4, 5, 6, 7, 70), (torch.bfloat16, torch.float32)):
+            x, bias = torch.randn(n, cols, generator=g).to(dtype), torch.randn(out, generator=g).to(dtype)
+            given = bias if n % 2 else None
+            assert_the_weights_of(mul(x, blocks, given), x, blocks, given)
+
+
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_one_row_is_right_for_every_block_size(any_path, block):
     """Blocks run over the ends of rows: 1,000 and 1,016 are no multiples of any."""
@@ -219,14 +256,16 @@ def test_gradcheck_in_float64(any_path):
 def test_threads_change_nothing():
     """Every output is the work of one thread, in one order."""
     blocks = blocks_of(made((900, 1000), 6), LEVELS["nf4"], 64, True)
-    x = torch.randn(17, 1000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    even = blocks_of(made((900, 1024), 7), LEVELS["nf4"], 64, True)
+    x = torch.randn(80, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             dense = dequantise(blocks, torch.bfloat16)
-            found.append((dense, mul(x, blocks), mul(x[:1], blocks), *quantise(dense, blocks.levels, 64)))
+            products = [mul(x[:n, : b.shape[1]], b) for n in (1, 3, 17, 80) for b in (blocks, even)]
+            found.append((dense, *products, *quantise(dense, blocks.levels, 64)))
     finally:
         torch.set_num_threads(before)
     assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

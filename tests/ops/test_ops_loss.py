@@ -166,3 +166,29 @@ def test_what_the_kernel_cannot_read_is_refused(any_path):
             cross_entropy_(its_logits, its_targets)
     with pytest.raises(ShapeError, match="losses"):
         cross_entropy_(logits, targets, losses=torch.empty(ROWS + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_ops_loss_may_put_the_gradient_where_the_logits_were(dtype):
+    rng = torch.Generator().manual_seed(8)
+    given = torch.randn(7, 31, generator=rng).to(dtype)
+    targets = torch.randint(31, (7,), generator=rng)
+    leaf, other = (given.clone().requires_grad_() for _ in range(2))
+    logits = leaf * 2
+    loss = summed_cross_entropy(logits, targets, spend=True)
+    seen: list[int] = []
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    (0.3 * loss).backward(retain_graph=True)
+    (0.3 * summed_cross_entropy(other * 2, targets)).backward()
+    assert torch.equal(leaf.grad, other.grad)
+    assert seen == [logits.data_ptr()]
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
+
+
+def test_ops_loss_that_spends_logits_which_others_keep_is_refused_in_the_backward():
+    leaf = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = leaf.exp()  # keeps its result for the backward
+    loss = summed_cross_entropy(logits, torch.tensor([1, 2, 3, 8]), spend=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -87,6 +87,21 @@ def hasty_compiler(monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", f"{hasty.parent}{os.pathsep}{os.environ['PATH']}")
 
 
+def test_a_unit_that_is_wrong_is_not_left_out(monkeypatch, tmp_path):
+    """Only a compiler that does not know a unit's flags goes on without its path."""
+    if not HAS_COMPILER:
+        return
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    (tmp_path / "build.py").touch()
+    cxx, unit = build.find_compiler(None), tmp_path / "path_avx2.cpp"
+    unit.write_text("#error broken here\n")
+    with pytest.raises(build.BuildFailed, match="broken here"):
+        build._compile(cxx, "path_avx2", tmp_path)
+    unit.write_text("int one() { return 1; }\n")
+    monkeypatch.setitem(build.UNITS, "path_avx2", ("-mno-such-set",))
+    assert build._compile(cxx, "path_avx2", tmp_path).stat().st_size > 0
+
+
 @pytest.mark.usefixtures("hasty_compiler")
 def test_a_wheel_with_kernels_is_for_this_platform(hook):
     made_hook, said, made_library = hook

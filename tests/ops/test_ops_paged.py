@@ -79,11 +79,12 @@ def test_ops_paged_attention_does_not_depend_on_threads_or_company(dtype):
         torch.set_num_threads(before)
 
 
-def test_ops_paged_attention_does_not_read_what_no_token_holds():
-    places = _places([(5, 1), (33, 2)], seed=2)
-    q, new, pages = _case(4, 2, 24, places, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_paged_attention_does_not_read_what_no_token_holds(dtype):
+    places = _places([(5, 1), (33, 2), (7, 21)], seed=2)
+    q, new, pages = _case(4, 2, 24, places, dtype)
     held = torch.zeros(PAGES * 16, dtype=torch.bool)
-    for s, n in enumerate((6, 35)):
+    for s, n in enumerate((6, 35, 28)):
         for at in range(n):
             held[int(places.tables[s, at // 16]) * 16 + at % 16] = True
     pages = tuple(p.flatten(0, 1).masked_fill(~held[:, None, None], float("nan")).view_as(p) for p in pages)
@@ -119,3 +120,14 @@ def test_ops_paged_few_rows_equal_their_reference_on_every_path(dtype, n, rows, 
     for name in library.paths():
         with library.forced(name):
             torch.testing.assert_close(few_rows(x, w), wanted, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [96, 107, 130])
+@pytest.mark.parametrize(("rows", "cols"), [(96, 64), (70, 50), (7, 1600), (48, 801), (16, 15)])
+def test_ops_paged_many_rows_of_bfloat16_equal_their_reference_on_every_path(n, rows, cols):
+    rng = torch.Generator().manual_seed(rows)
+    w, x = (torch.randn(size, cols, generator=rng).bfloat16() for size in (rows, n))
+    wanted = few_rows_reference(x, w)
+    for name in library.paths():
+        with library.forced(name):
+            torch.testing.assert_close(few_rows(x, w), wanted, atol=4e-4, rtol=1e-5)  # 1,600 terms of size 1

@@ -8,7 +8,7 @@ import torch
 from deltaw.errors import ShapeError
 from deltaw.ops.native import thin_calls
 from deltaw.ops.native.library import forced, paths
-from deltaw.ops.thin import THIN, thin_add_, thin_back
+from deltaw.ops.thin import THIN, thin_back
 
 SIZES = [
     (1, 16, 2),
@@ -50,20 +50,6 @@ def test_ops_thin_back(path: str, n: int, cols: int, rank: int) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=near * n**0.5 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("path", [p for p in paths() if p != "scalar"])
-@pytest.mark.parametrize(("n", "cols", "rank"), SIZES)
-def test_ops_thin_add(path: str, n: int, cols: int, rank: int) -> None:
-    torch.manual_seed(0)
-    wide = drawn(n, cols + 6)
-    y, u, factor = wide[:, 3 : 3 + cols], strided(n, rank), drawn(cols, rank)
-    wanted = y.float() - 1.3 * (u.float() @ factor.float().T)
-    edges = wide[:, [0, 2, -3, -1]].clone()
-    with forced(path):
-        thin_add_(y, u, factor, -1.3)
-    torch.testing.assert_close(y.float(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
-    assert torch.equal(wide[:, [0, 2, -3, -1]], edges)
-
-
 def test_ops_thin_sums_do_not_depend_on_the_threads() -> None:
     torch.manual_seed(0)
     g, u = drawn(1000, 96), drawn(1000, 16)
@@ -87,8 +73,6 @@ def test_ops_thin_refuses_what_it_could_not_read() -> None:
         with pytest.raises(ShapeError, match="The kernel needs"):
             thin_calls.back(wrong, None, u, 1.0, None)
     with pytest.raises(ShapeError, match="the factor is"):
-        thin_calls.add(g, u, factor[:5], 1.0)
-    with pytest.raises(ShapeError, match="even rank"):
-        thin_calls.add(g, u[:, :1], factor[:, :1], 1.0)
+        thin_calls.back(g, factor[:5], u, 1.0, u)
     with pytest.raises(ShapeError, match="nothing to fill"):
         thin_calls.back(g, factor, None, 1.0, None)

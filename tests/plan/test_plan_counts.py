@@ -13,9 +13,11 @@ from deltaw.train.recipe import load_recipe
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def planner(path: str, adapter: dict | None = None, rows: int = 1, length: int = 8, **base) -> Planner:
+def planner(
+    path: str, adapter: dict | None = None, rows: int = 1, length: int = 8, *, whole: bool = False, **base
+) -> Planner:
     plain = {"base": {"path": path, **base}, "adapter": adapter or {"method": "lora"}}
-    return Planner(load_recipe(plain), Work.of_rows(rows, length))
+    return Planner(load_recipe(plain), Work.of_rows(rows, length), whole=whole)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +34,16 @@ def planner(path: str, adapter: dict | None = None, rows: int = 1, length: int =
 )
 def test_trainable_counts_are_those_of_the_shapes(base, settings, trainable):
     made = planner(base, {"method": "lora", **settings})
-    _, counts = made._model(made.base_of(made.recipe), made.recipe)
+    counts = made._made(made.base_of(made.recipe), made.recipe).counts
     assert counts.trainable == trainable
     assert counts.adapter == counts.gradients == 4 * trainable
 
 
 def test_65b_in_nf4_is_its_codes_and_scales_exactly():
-    made = planner("65B", {"method": "lora", "rank": 16}, format="nf4", double_quant=True)
-    base = made.base_of(made.recipe)
-    model, counts = made._model(base, made.recipe)
-    maps = [s for s in model.places.sites.values() if s.kind == "linear" and not s.is_head]
+    made = planner("65B", {"method": "lora", "rank": 16}, whole=True, format="nf4", double_quant=True)
+    planned = made._made(made.base_of(made.recipe), made.recipe)
+    counts = planned.counts
+    maps = [s for s in planned.model.places.sites.values() if s.kind == "linear" and not s.is_head]
     n = sum(s.in_features * s.out_features for s in maps)
     dense = counts.parameters - n
     assert counts.weights - n // 2 == pytest.approx(2 * dense, abs=1000)  # beside them the rotary frequencies
@@ -54,14 +56,17 @@ def test_moments_of_the_65b_adapter_are_1_6_gb():
     from deltaw.train.planning import optimizer_bytes
 
     made = planner("65B", {"method": "lora", "rank": 16})
-    model, _ = made._model(made.base_of(made.recipe), made.recipe)
+    base = made.base_of(made.recipe)
+    planned = made._made(base, made.recipe)
+    assert made._optimizer(base, planned, made.recipe) == 2 * 4 * 199_884_800
+    model = planner("65B", {"method": "lora", "rank": 16}, whole=True)._made(base, made.recipe).model
     assert optimizer_bytes(model.trainable(), made.recipe.train) == 2 * 4 * 199_884_800
 
 
 @pytest.mark.parametrize(("name", "n"), [("7B", 6_738_415_616), ("70B", 68_976_648_192), ("gpt2", 124_439_808)])
 def test_rules_of_thumb_are_16_bytes_and_2_p_and_16_p_lora(name, n):
     made = planner(name, {"method": "lora", "rank": 8})
-    _, counts = made._model(made.base_of(made.recipe), made.recipe)
+    counts = made._made(made.base_of(made.recipe), made.recipe).counts
     assert counts.parameters == n
     rules = {r["rule"]: r["bytes"] for r in rules_of_thumb(counts)}
     assert rules["full, 16 bytes a parameter"] == 16 * n

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deltaw.errors import BudgetError, RecipeError
 from deltaw.plan.network import shapes
-from deltaw.train.fitting import fit
-from deltaw.train.planning import Planner, Work
+from deltaw.train.fitting import fit, work_of_rows
+from deltaw.train.planning import Kept, Planner, Work
 from deltaw.train.recipe import load_recipe
 from train.tiny_runs import ROWS, recipe, run, save_base
 
@@ -87,3 +88,30 @@ def test_a_budget_that_nothing_fits_is_bad_input(base, tmp_path):
         run(plain, tmp_path / "run", rows=ROWS)
     with pytest.raises(RecipeError, match="above 0"):
         load_recipe({**plain, "budget": {"memory_gb": -1}})
+
+
+def test_a_common_beginning_is_planned_once(shape):
+    """Eight rows of 256 tokens, 200 of them alike: as many rows are computed as by 7 rows of 56 and one of 256."""
+    recipe_ = load_recipe({"base": {"path": str(shape), "dtype": "bfloat16"}, "adapter": {"method": "lora"}})
+    apart = Work.of_rows(8, 256, 0.1)
+    less = Work([(56, 25)] * 7 + [(256, 25)])
+
+    kept = Kept()  # what planners share tells such works apart
+
+    def activations(work: Work) -> int:
+        return Planner(recipe_, work, kept=kept).plan().moments["step"]["activations"]
+
+    alike = activations(replace(apart, common=200))
+    assert alike < 0.45 * activations(apart)
+    assert alike == pytest.approx(activations(less), rel=0.02)
+
+
+def test_what_rows_begin_with_is_found_in_a_file(base, tmp_path):
+    told = [row | {"prompt": "Say yes or no to this: " + row["prompt"]} for row in ROWS]
+    for rows, common in ((told, len("Say yes or no to this: ")), (ROWS, 0)):
+        file = tmp_path / f"{common}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"base": {"path": str(base)}, "adapter": {"method": "lora"}, "data": {"train": str(file)}}
+        work = work_of_rows(load_recipe(settings))
+        assert work is not None
+        assert work.common == common

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
-from deltaw import Lora
+from deltaw import Dora, Ia3, Lora
 from deltaw.data.template import Example
 from deltaw.model.model import Model
-from deltaw.plan.heap import Heap
+from deltaw.ops import native
+from deltaw.plan.heap import SETTLED, Heap, most_held
 from deltaw.plan.network import Base, planned_model
-from deltaw.plan.trace import traced
+from deltaw.plan.trace import Timeline, Tracer, traced
 from deltaw.train.loss import sft
 from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
@@ -46,8 +49,6 @@ def test_activations_are_what_autograd_keeps_in_a_real_step(kind):
     wanted = saved_by_autograd(real, rows(3, 16))
     net = make_net(kind).to("meta")
     model = Model(net)
-    from deltaw.plan.trace import Tracer
-
     with Tracer(), torch.device("meta"):
         model.attach(Lora(rank=3, alpha=5))
     parameters = list(model.trainable().values())
@@ -66,6 +67,33 @@ def test_a_timeline_adds_up_and_ends_with_the_gradients_alone():
     timeline = traced(lambda: step_gradient(model, rows(1, 8), sft), known, parameters, 50257)
     assert sum(size for _, size in timeline.events) == sum(4 * p.numel() for p in parameters)
     assert timeline.held() >= sum(timeline.peak().values())
+
+
+@pytest.mark.parametrize("adapter", [Lora(rank=3, alpha=5), Dora(rank=2, alpha=3), Ia3()])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("again", [False, True])
+def test_plan_trace_knows_an_arena_to_the_byte(kind, adapter, again):
+    real = Model(make_net(kind))
+    real.attach(adapter)
+    examples = rows(3, 16)
+    for _ in range(2):
+        step_gradient(real, examples, sft, checkpointing=again, seed=1)
+    net = make_net(kind).to("meta")
+    model = Model(net)
+    with Tracer(), torch.device("meta"):
+        model.attach(adapter)
+    parameters = list(model.trainable().values())
+    known = [*net.parameters(), *net.buffers(), *parameters]
+    line = traced(
+        lambda: step_gradient(model, examples, sft, checkpointing=again, seed=1),
+        known,
+        parameters,
+        VOCAB,
+        arena=model.arena,
+    )
+    assert real.why_plain() is None
+    assert line.lent == real.arena._borrowed.peak
+    assert line.arena() == real.arena.peak
 
 
 def plan(base: str = "smollm2-135m", n: int = 4, length: int = 64, **train):
@@ -101,3 +129,80 @@ def test_a_freed_buffer_has_no_room_for_one_of_its_own_size():
     assert heap.peak == before  # the mapping's peak was higher
     heap.allocate("e", 28 << 20)
     assert heap.peak > 32 << 20
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_compiled_heap_holds_what_the_written_one_does(repeats: int):
+    rng = random.Random(repeats)
+    events: list[tuple[int, int]] = []
+    alive: dict[int, int] = {}
+    for number in range(600):
+        alive[number] = size = rng.choice([1, 40, 5_000, 200_000, 3_000_000, 20_000_000, 50_000_000]) + rng.randrange(
+            99
+        )
+        events.append((number, size))
+        while len(alive) > 12 or (alive and rng.random() < 0.3):
+            gone = rng.choice(list(alive))
+            events.append((gone, -alive.pop(gone)))
+        if number % 150 == 149:
+            events.append(SETTLED)
+    assert "scalar" in native.paths()
+    compiled = most_held(events, 600, repeats)
+    with native.forced("reference"):
+        assert most_held(events, 600, repeats) == compiled
+    assert compiled > max(size for _, size in events)
+
+
+def test_a_mask_of_dropout_is_counted_and_not_drawn():
+    rows_of, width = 3, 1 << 40  # a real one would not fit anywhere
+
+    def work() -> None:
+        keep = torch.rand(rows_of, width, generator=torch.Generator().manual_seed(1)) >= 0.5
+        keep.to(torch.float16)
+
+    timeline = traced(work, [], [], 7)
+    n = rows_of * width
+    assert [size for _, size in timeline.events if size > 0] == [4 * n, n, 2 * n]
+
+
+def test_gradients_that_are_handed_on_come_by_size_within_a_part():
+    cause = ["workspace", "workspace", "workspace", "gradients", "gradients", "gradients"]
+    copies = [[(3, 5), (0, -5)], [(4, 2), (1, -2)], [(5, 5), (2, -5)]]
+    made = [(0, 5), (1, 2), (2, 5)]
+    line = Timeline(made + [e for pair in copies for e in pair], cause)
+    assert line.settled().events == [*made, (3, 2), (1, -2), (4, 5), (0, -5), (5, 5), (2, -5)]
+    apart = Timeline(line.events, cause, [(5, 5, 1)])
+    assert apart.settled() is apart
+
+
+def test_plan_trace_heap_keeps_some_buffers_apart_until_the_step_is_over():
+    heap = Heap()
+    heap.allocate("large", 30 << 20)
+    heap.free("large")
+    for number in range(16):
+        heap.allocate(number, 1 << 20)
+    before = heap.peak
+    for number in range(16):
+        heap.free(number)
+    heap.allocate("all of them", 15 << 20)
+    assert heap.peak > before  # two pieces are left, behind the eighth and the sixteenth
+    heap.free("all of them")
+    heap.settle()
+    held = heap.peak
+    heap.allocate("again", 15 << 20)
+    assert heap.peak == held
+
+
+def test_plan_trace_heap_gives_back_its_end():
+    heap = Heap()
+    heap.allocate("large", 2 << 20)
+    heap.free("large")  # from now on 2 MB are no mapping, and 4 MB free at the end go back
+    for number in range(16):
+        heap.allocate(number, 1 << 20)
+    assert heap.peak > 16 << 20
+    for number in range(16):
+        heap.free(number)
+    heap.settle()
+    for number in range(2):
+        heap.allocate(number, 12 << 20)  # both mapped: beside 16 MB of heap one would be, and the other in it
+    assert heap.peak < 26 << 20

@@ -83,7 +83,7 @@ def test_an_adapter_trained_on_the_starter_gives_pefts_logits_and_lets_go_of_the
 def test_the_merged_starter_computes_what_the_adapter_does(run, base, tmp_path):
     report = deltaw.bake(base=base, adapter=run, out=tmp_path / "merged", dtype="float32")
     assert report.probe is not None
-    assert report.probe.logit_max <= 1e-4
+    assert report.probe.logit_max <= 30 * 1e-5  # as above: logits of size 30
     merged = deltaw.load_base(tmp_path / "merged", dtype="float32")
     attached = deltaw.load_base(base)
     attached.attach(run)

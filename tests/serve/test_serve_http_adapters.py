@@ -179,7 +179,7 @@ def test_serve_http_a_load_that_fails_gives_its_room_back(own, monkeypatch):
     with running(own, active_bytes=3 * one) as server, server.client() as client:
         runner = server.served.engine._runner
         add = runner.add
-        monkeypatch.setattr(runner, "add", lambda key, resident: _refuse())
+        monkeypatch.setattr(runner, "add", lambda key, resident, ready: _refuse())
         answers = [client.post("/v1/completions", json={**GREEDY, "model": "support@1"}) for _ in range(4)]
         assert [a.json()["error"]["code"] for a in answers] == ["adapter_unusable"] * 4
         assert server.idle()

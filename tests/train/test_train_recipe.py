@@ -255,3 +255,11 @@ def test_train_recipe_rate_follows_the_settings_that_want_another() -> None:
     for rate, adapter in rates.items():
         recipe = load_recipe({"base": {"path": "b"}, "adapter": adapter, "train": {"steps": 1}})
         assert recipe.train.lr == rate
+
+
+def test_train_recipe_schedule_is_the_methods_own_unless_it_is_said() -> None:
+    said = {"lora": "hold", "dora": "hold", "longlora": "hold", "full": "cosine", "ia3": "cosine"}
+    for method, schedule in said.items():
+        plain = {"base": "b", "adapter": {"method": method}}
+        assert load_recipe(plain).train.schedule == schedule
+        assert load_recipe(plain, ["train.schedule=linear"]).train.schedule == "linear"

@@ -96,12 +96,12 @@ def test_warm_up_reaches_the_learning_rate_at_its_last_step() -> None:
 
 
 def test_no_warm_up_begins_at_the_learning_rate() -> None:
-    for schedule in ("cosine", "linear", "constant"):
+    for schedule in ("cosine", "linear", "hold", "constant"):
         assert learning_rate(0, 5, spec(lr=0.3, warmup_ratio=0, schedule=schedule)) == 0.3
 
 
 def test_a_whole_run_of_warm_up_is_no_division_by_zero() -> None:
-    made = spec(lr=1.0, warmup_ratio=1.0)
+    made = spec(lr=1.0, warmup_ratio=1.0, schedule="hold")
     assert [learning_rate(s, 4, made) for s in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
@@ -116,6 +116,14 @@ def test_linear_falls_evenly_to_the_final_ratio() -> None:
     assert rates[:2] == pytest.approx([0.5, 1.0])
     assert rates[2:] == pytest.approx([1 - 0.8 * k / 8 for k in range(8)])
     assert learning_rate(10, 10, made) == pytest.approx(0.2)
+
+
+def test_hold_falls_evenly_from_three_fifths_of_the_steps_on() -> None:
+    made = spec(lr=2.0, warmup_ratio=0.1, final_lr_ratio=0.2, schedule="hold")
+    rates = [learning_rate(step, 10, made) for step in range(11)]
+    assert rates == pytest.approx([2.0] * 7 + [1.6, 1.2, 0.8, 0.4])
+    late = spec(lr=2.0, warmup_ratio=0.8, schedule="hold")  # nothing is left to hold: it falls after the warm-up
+    assert [learning_rate(step, 10, late) for step in (7, 8, 9, 10)] == pytest.approx([2.0, 2.0, 1.0, 0.0])
 
 
 def test_cosine_is_the_cosine_to_the_final_ratio() -> None:

@@ -47,6 +47,8 @@ def lab(
 
         say(f"{write_site(opened, export, say)} positions are recorded in {export}; serve it with any web server")
         return
+    import gc
+
     import uvicorn
 
     from deltaw.lab.desk import desk_in
@@ -57,6 +59,9 @@ def lab(
     app = make_app(opened, host=host, desk=desk_in(runs, where, index_default()))
     if not is_loopback(host):
         say(f"warning: {host} is reached from other machines, and the lab has no passwords.")
+    gc.collect()
+    gc.set_threshold(50_000, 20, 20)  # a plan makes that many objects in a moment, and leaves none
+    gc.freeze()  # the base and its libraries stay: else each collection looks at all of them, for a tenth of a second
     say(f"the lab is at http://{host}:{port}/ (Ctrl-C ends it)")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)  # streams have no end
 

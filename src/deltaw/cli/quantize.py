@@ -21,18 +21,29 @@ def quantize(
             help="Text to choose the codes for (rows, or a .txt file), where the nearest levels are not enough."
         ),
     ] = None,
-    calibrate_tokens: Annotated[int, typer.Option(min=1, help="Most of that text to read.")] = 16_384,
+    calibrate_tokens: Annotated[int | None, typer.Option(min=1, help="Most of that text to read (16384).")] = None,
+    tune_passes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Passes over that text to tune the scales in, with the dense base as teacher (1); 0: none."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of what stays dense (head, embeddings, norms); by default what the base has.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantise a base once and keep it; nf4 and fp4 load in transformers with bitsandbytes too."""
+    from deltaw.errors import BadInput
     from deltaw.merge.quantise import Calibration, quantise_base
     from deltaw.model.quantised import Format
 
     how = Format(format, block, double_quant)
-    text = None if calibrate is None else Calibration(calibrate, calibrate_tokens)
+    settings = {"tokens": calibrate_tokens, "passes": tune_passes}
+    given = {k: v for k, v in settings.items() if v is not None}
+    if calibrate is None and given:
+        raise BadInput("--calibrate-tokens and --tune-passes belong to a text: pass --calibrate FILE too.")
+    text = None if calibrate is None else Calibration(calibrate, **given)
     report = quantise_base(base, out, how, dtype=dtype, calibration=text, say=lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(json.dumps(report.as_dict()))

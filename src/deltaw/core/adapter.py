@@ -65,7 +65,8 @@ class Adapter:
             raw = tensor.detach().cpu().contiguous()
             head = f"{name}|{raw.dtype}|{tuple(raw.shape)}"
             digest.update(len(head).to_bytes(8, "big") + head.encode())
-            digest.update(raw.reshape(-1).view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+            if raw.numel():
+                digest.update(raw.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:

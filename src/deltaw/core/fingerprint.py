@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from deltaw.core.checkpoint_files import broken, checkpoint_files, read_header, read_json
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 HARD = ("weights", "architecture", "tokenizer")  # a difference is an error
-SOFT = ("chat_template", "format")  # a difference is a warning
+SOFT = ("chat_template", "format", "codes")  # a difference is a warning
 SOURCE_FILE = "deltaw_base.json"
 """In a folder deltaw made: `name`, the base's human name, and `source`, the file it was converted from. In one that it
 quantised also `fingerprint`, the dense checkpoint's, and `sha256`, over the quantised tensors."""
@@ -85,7 +85,9 @@ class BaseFingerprint(BaseModel):
 
     `weights` covers sorted (name, shape, bytes); `architecture` the keys of config.json that define the
     computation; `tokenizer` the vocabulary, merges and added tokens. `format` is how the weights are held
-    (dense, nf4 ...); a quantised model keeps the hashes of the dense checkpoint it was made from.
+    (dense, nf4 ...); a quantised model keeps the hashes of the dense checkpoint it was made from. `codes` covers the
+    codes and scales of one that were chosen for a text; "" where each value has its nearest level, and then it is not
+    written, so that such a fingerprint has the bytes it always had.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -99,16 +101,23 @@ class BaseFingerprint(BaseModel):
     format: str = "dense"
     dtype: str = ""
     parameters: int
+    codes: str = ""
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        return found if self.codes else {k: v for k, v in found.items() if k != "codes"}
 
     def differences(self, other: BaseFingerprint) -> dict[str, tuple[str, str]]:
         """Fields of HARD and SOFT that differ, as {field: (mine, theirs)} in short, readable form.
 
-        A base without a tokenizer is not at odds with any.
+        A base without a tokenizer is not at odds with any, and codes are compared within a format only.
         """
         found: dict[str, tuple[str, str]] = {}
         for field in HARD + SOFT:
             mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs and not (field == "tokenizer" and "" in (mine, theirs)):
+            idle = (field == "tokenizer" and "" in (mine, theirs)) or (field == "codes" and "format" in found)
+            if mine != theirs and not idle:
                 found[field] = (self._readable(field), other._readable(field))
         return found
 
@@ -120,6 +129,8 @@ class BaseFingerprint(BaseModel):
         value = str(getattr(self, field))
         if field == "format":
             return value
+        if field == "codes" and not value:
+            return "the nearest levels"
         return f"{self.model_type}/{value[:12]}" if field == "architecture" else value[:12] or "none"
 
 

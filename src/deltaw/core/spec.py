@@ -110,6 +110,7 @@ class MethodSpec(BaseModel):
     name: ClassVar[str]  # the key in recipes and files
     sits: ClassVar[Literal["linear", "block", "input", "cache"]] = "linear"  # on which kind of place
     lr: ClassVar[float] = 5e-4  # the learning rate of a recipe that does not say
+    schedule: ClassVar[Literal["cosine", "hold"]] = "cosine"  # of the learning rate, likewise
     starts_at_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     batchable: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Weight(Protocol):
         """W as a plain [out, in] tensor of `dtype`; may share memory with W: do not write into it.
 
         room   gives a contiguous [out, in] tensor of `dtype` to fill, where a new one would be made
+        """
+
+    def native(self, dtype: torch.dtype) -> Any:
+        """Where the compiled products find W in `dtype`: a tensor [out, in] in any strides, pointers to its codes
+        (`ops.native.calls.Packed`), or None where they cannot read it.
         """
 
     def row_squares(self) -> Tensor:

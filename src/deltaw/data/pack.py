@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Batch:
     bounds       [D + 1]  document d is [bounds[d], bounds[d + 1]); always on the CPU
     predict_at   [n]      row i predicts target_ids[i]: the place in `input_ids` just before the target
     target_ids   [n]
+    fronts       [D]      the document that each goes on from, -1 for none; None: no document does. On the CPU
     """
 
     input_ids: Tensor
@@ -30,13 +31,15 @@ class Batch:
     bounds: Tensor
     predict_at: Tensor
     target_ids: Tensor
+    fronts: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tokens and targets on `device`; itself where they are there, or to be traced (meta)."""
         if self.input_ids.device == device or device.type == "meta":
             return self
         ids, positions = self.input_ids.to(device), self.positions.to(device)
-        return Batch(ids, positions, self.bounds, self.predict_at.to(device), self.target_ids.to(device))
+        at, targets = self.predict_at.to(device), self.target_ids.to(device)
+        return Batch(ids, positions, self.bounds, at, targets, self.fronts)
 
     @property
     def n_tokens(self) -> int:
@@ -58,12 +61,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     """The examples, in their order, as one batch."""
     assert examples, "a batch has at least one document"
     lengths = [len(example.input_ids) for example in examples]
-    input_ids = _long(token for example in examples for token in example.input_ids)
+    input_ids = _long(chain.from_iterable(example.input_ids for example in examples))
     # a document's first token is never a target, so the place before a target is in the same document
-    targets = _long(flag for example in examples for flag in example.is_target).nonzero().flatten()
+    targets = _long(chain.from_iterable(example.is_target for example in examples)).nonzero().flatten()
     return Batch(
         input_ids=input_ids,
-        positions=_long(position for length in lengths for position in range(length)),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
         bounds=_long(accumulate(lengths, initial=0)),
         predict_at=targets - 1,
         target_ids=input_ids[targets],

@@ -20,9 +20,11 @@ from deltaw.ops.blockwise import (
     dynamic_table,
     mul,
     mul_t,
+    packed,
     quantise,
     quantise_scales,
 )
+from deltaw.ops.native.calls import Packed
 from deltaw.ops.norm import row_squares
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -137,6 +139,12 @@ class BlockwiseWeight(nn.Module):
     def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
         """W dequantised, [out, in], in `room()` if that is given."""
         return dequantise(self.blocks, dtype, None if room is None else room())
+
+    def native(self, dtype: torch.dtype) -> Packed | None:
+        """Pointers to the codes, valid while this weight lives and stays where it is."""
+        if self.codes.is_meta:  # traced: nobody reads it
+            return Packed(rows=self.out_features, cols=self.in_features)
+        return packed(self.blocks) if self.codes.device.type == "cpu" else None
 
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W as it computes: [out] float32 (float64 in float64), computed once."""

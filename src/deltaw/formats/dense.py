@@ -71,6 +71,10 @@ class DenseWeight(nn.Module):
         w = self.stored.T if self.transposed else self.stored
         return w.to(dtype)
 
+    def native(self, dtype: torch.dtype) -> Tensor | None:
+        """Its own memory, where that is in `dtype`."""
+        return self.dense(dtype) if self.stored.dtype == dtype else None
+
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W: [out] float32 (float64 of a float64 matrix), computed once."""
         if self._squares is None:

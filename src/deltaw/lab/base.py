@@ -15,13 +15,17 @@ from torch import Tensor
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput
-from deltaw.merge.factors import Cut, Keep, cut_dense
+from deltaw.merge.factors import Cut
+from deltaw.merge.factors import decomposed as whole_cut
 from deltaw.model.base import load_base
 from deltaw.model.model import Model
 from deltaw.plan.network import Base, find_config, network_of, shapes
+from deltaw.train.planning import Kept
 
 KEPT, KEPT_LARGE = 512, 32
 """Results that are kept, and decomposed matrices; the oldest goes first."""
+PLANNED = 96
+"""Models without memory of picture 11: three for every shape, and those of new ranks."""
 PROMPT = "The capital of France is"
 """What the base reads where a picture needs a real input of a linear map."""
 OWN = ("base", "lesson", "peek")
@@ -42,9 +46,9 @@ def parameters(model: Model) -> int:
 
 
 @cache
-def shipped() -> dict[str, int]:
-    """Parameters of every shape that is shipped."""
-    return {name: parameters(empty(name)) for name in shapes()}
+def shipped() -> dict[str, Model]:
+    """The network of every shape that is shipped, without memory for its weights; nobody changes them."""
+    return {name: empty(name) for name in shapes()}
 
 
 class Lab:
@@ -67,6 +71,7 @@ class Lab:
         self.say = say
         self.lock = RLock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self.planned = Kept(models=PLANNED)
         self.lesson: Any = None  # of pictures 9 and 10 (live.py)
         self.merged: Any = None
         self._large: OrderedDict[Any, Any] = OrderedDict()
@@ -129,7 +134,7 @@ class Lab:
         """The whole decomposition of a linear map's W: the first r rows of A and columns of B are its cut to rank r."""
 
         def make() -> Cut:
-            return cut_dense(self.weight(layer, role), Keep(), f"block {layer} {role}")
+            return whole_cut(self.weight(layer, role), f"block {layer} {role}")
 
         return self.keep(("decomposed", layer, role), make, large=True)
 
@@ -162,7 +167,7 @@ class Lab:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Parameters of this base and of every shape that is shipped, the smallest first."""
-        counted = {self.label: parameters(self.shape(self.label)), **shipped()}
+        counted = {name: parameters(self.shape(name)) for name in (self.label, *shipped())}
         return dict(sorted(counted.items(), key=lambda item: item[1]))
 
     def path(self, name: str) -> str:
@@ -171,7 +176,8 @@ class Lab:
 
     def shape(self, name: str) -> Model:
         """A network without memory for its weights."""
-
+        if name != self.label:
+            return shipped()[name]
         return self.keep(("shape", name), lambda: empty(self.path(name)), large=True)
 
     def trained(self, name: str, spec: MethodSpec) -> dict[str, int]:

@@ -116,31 +116,37 @@ def counted(lab: Lab, key: str) -> dict[str, Any]:
 
     BitFit on a base without biases is counted with the biases that it adds.
     """
+    return lab.keep(("counted", key), lambda: _count(lab, key))
 
-    def make() -> dict[str, Any]:
-        config, folder = find_config(lab.base)
-        spec = SHOWN[key][1]
-        if key == "bitfit" and not any(s.has_bias for s in lab.linear.values()):
-            spec = BitFit(add=True)
-        model = planned_model(Base(lab.base, config, folder), spec)
-        made = next(iter(model.adapters.values()))
-        places: Counter[str] = Counter()
-        for name, params in made.sites.items():
-            site = made.places[name]
-            size = sum(t.numel() for t in params.values())
-            if isinstance(site, VirtualSite):
-                places["front"] += size
-            elif isinstance(site, BlockSite):
-                places[f"after {site.part}"] += size if site.layer == LAYER else 0
-            elif site.layer == LAYER:
-                places[site.role] += size
-        total = sum(t.numel() for t in model.trainable().values())
-        norms = sum(t.numel() for n, t in made.swaps.items() if f".{LAYER}." in n)
-        if norms:
-            places["norms"] += norms
-        return {"places": {p: n for p, n in places.items() if n}, "total": total}
 
-    return lab.keep(("counted", key), make)
+def keep_counted(lab: Lab, key: str) -> None:
+    """Count before anybody asks, without holding up those who ask for something else."""
+    made = _count(lab, key)
+    lab.keep(("counted", key), lambda: made)
+
+
+def _count(lab: Lab, key: str) -> dict[str, Any]:
+    config, folder = find_config(lab.base)
+    spec = SHOWN[key][1]
+    if key == "bitfit" and not any(s.has_bias for s in lab.linear.values()):
+        spec = BitFit(add=True)
+    model = planned_model(Base(lab.base, config, folder), spec)
+    made = next(iter(model.adapters.values()))
+    places: Counter[str] = Counter()
+    for name, params in made.sites.items():
+        site = made.places[name]
+        size = sum(t.numel() for t in params.values())
+        if isinstance(site, VirtualSite):
+            places["front"] += size
+        elif isinstance(site, BlockSite):
+            places[f"after {site.part}"] += size if site.layer == LAYER else 0
+        elif site.layer == LAYER:
+            places[site.role] += size
+    total = sum(t.numel() for t in model.trainable().values())
+    norms = sum(t.numel() for n, t in made.swaps.items() if f".{LAYER}." in n)
+    if norms:
+        places["norms"] += norms
+    return {"places": {p: n for p, n in places.items() if n}, "total": total}
 
 
 def methods(lab: Lab, c: Any) -> Plain:

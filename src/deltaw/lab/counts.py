@@ -185,7 +185,7 @@ def planned(lab: Lab, c: Any, method: str) -> Plan:
             "train": {"checkpointing": c.again, "tokens_per_step": c.batch * length},
         }
     )
-    return Planner(recipe, Work.of_rows(c.batch, length)).plan()
+    return Planner(recipe, Work.of_rows(c.batch, length), kept=lab.planned).plan()
 
 
 def memory(lab: Lab, c: Any) -> Plain:

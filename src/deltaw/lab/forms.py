@@ -111,7 +111,7 @@ def _field(path: str, part: Plain, about: str, required: bool) -> Plain:
     made: Plain = {"path": path, "name": name, "about": about, "default": part.get("default"), "required": required}
     made["nullable"] = "null" in types
     if options is not None:
-        made |= {"kind": "choice", "options": options}
+        made |= {"kind": "choice", "options": [None, *options] if made["nullable"] else options}
     elif "boolean" in types:
         made["kind"] = "switch"
     elif "integer" in types and "string" not in types:

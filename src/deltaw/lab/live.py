@@ -67,8 +67,8 @@ class Lesson:
         """Steps that were made."""
         return len(self.losses) - 1
 
-    def note(self, model: Model) -> None:
-        """Write down where the training stands."""
+    def note(self, model: Model, loss: float | None = None) -> None:
+        """Write down where the training stands. `loss`: what it is known to be; None: it is computed."""
         made = model.adapters[self.name]
         squares: dict[int, float] = {}
         for name, place in made.places.items():
@@ -80,7 +80,7 @@ class Lesson:
             squares[layer] = squares.get(layer, 0.0) + float(factor_values(form.A, form.B, form.scale).square().sum())
         self.norms.append([squares[layer] ** 0.5 for layer in sorted(squares)])
         self.a_norms.append(sum(float(p["A"].detach().square().sum()) for p in made.sites.values()) ** 0.5)
-        self.losses.append(mean_loss(model, self.examples, find_loss("sft")))
+        self.losses.append(mean_loss(model, self.examples, find_loss("sft")) if loss is None else loss)
 
 
 def recipe_of(lab: Lab, rank: int, rate: str) -> Recipe:
@@ -99,9 +99,10 @@ def begun(lab: Lab, rank: int, rate: str, name: str) -> Lesson:
     model, recipe = lab.model, recipe_of(lab, rank, rate)
     model.use(None)
     examples = encode_all(read_rows(ROWS), model.tokenizer, recipe.data, model.task).examples
+    loss = lab.keep("loss of the base", lambda: mean_loss(model, examples, find_loss("sft")))
     model.attach(recipe.adapter, name, trainable=True)
     lesson = Lesson(rank, rate, name, Loop(model, examples, recipe, None), list(examples))
-    lesson.note(model)
+    lesson.note(model, loss if name == PEEK else None)  # B is 0: the base's own, bit for bit
     return lesson
 
 

@@ -129,6 +129,11 @@ def directions_controls(lab: Lab) -> type[Controls]:
     )
 
 
+def noise_values(lab: Lab, out: int, n_in: int) -> Tensor:
+    """The singular values of noise [out, n_in]."""
+    return lab.keep(("noise", out, n_in), lambda: dense_values(normal(out, n_in, seed=3)))
+
+
 def directions(lab: Lab, c: Any) -> Plain:
     """A real matrix beside its best approximation of a rank, and the error at every rank, also of noise."""
     W = lab.weight(c.layer, c.target)
@@ -140,7 +145,7 @@ def directions(lab: Lab, c: Any) -> Plain:
     near = B @ A
     S = singular_values(whole)
     tail = tails(S)
-    noise = lab.keep(("noise", *W.shape), lambda: dense_values(normal(*W.shape, seed=3)))
+    noise = noise_values(lab, *W.shape)
     update = FALL ** torch.arange(side, dtype=torch.float64)
     error = float((W.double() - near.double()).norm() / W.double().norm())
     at = sorted({*range(0, side + 1, max(1, side // CURVE_POINTS)), c.rank, side})

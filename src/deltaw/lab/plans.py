@@ -8,18 +8,23 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from deltaw.data.template import Example
 from deltaw.errors import BudgetError
 from deltaw.lab.run_files import Plain
 from deltaw.plan.memory import machine_bytes
-from deltaw.train.fitting import fit, work_of_rows
-from deltaw.train.planning import IMPORTS_BYTES, Planner, Work
+from deltaw.train.fitting import encoded_rows, fit, work_of
+from deltaw.train.planning import IMPORTS_BYTES, Kept, Planner, Work
 from deltaw.train.recipe import Recipe, load_recipe
 
-KEPT = 64
+KEPT, KEPT_ROWS = 64, 2
+"""Plans that are remembered, and files of rows as tokens."""
 LENGTH = 512
 """Tokens of a row where there are no rows yet: what `deltaw plan` assumes."""
 _FREE = ("lr", "schedule", "warmup_ratio", "final_lr_ratio", "clip", "save_every_s", "tensorboard")
 """Settings of `train` that no plan depends on."""
+
+
+_Rows = tuple[list[Example], list[Example]] | None
 
 
 class Plans:
@@ -28,6 +33,8 @@ class Plans:
     def __init__(self) -> None:
         self._lock = Lock()
         self._kept: OrderedDict[str, Plain] = OrderedDict()
+        self._planned = Kept()
+        self._rows: OrderedDict[str, _Rows] = OrderedDict()
 
     def plan(self, plain: Plain) -> Plain:
         """The plan of a recipe, for a process that trains it alone on this machine.
@@ -45,35 +52,46 @@ class Plans:
         key = _key(recipe)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = _planned(recipe)
+                self._kept[key] = self._plan(recipe)
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             found = self._kept[key]
         return {**found, **_verdict(found, recipe), "lr": recipe.train.lr}
 
+    def _plan(self, recipe: Recipe) -> Plain:
+        rows = self._encoded(recipe)
+        if rows is not None:
+            work = work_of(recipe, *rows)
+        else:
+            work = Work.of_rows(max(1, recipe.train.tokens_per_step // LENGTH), min(LENGTH, recipe.data.max_tokens))
+        planner = Planner(recipe, work, IMPORTS_BYTES, kept=self._planned)
+        if recipe.budget is None:
+            return {"plan": planner.plan().plain(), "refused": None, "assumed": rows is None}
+        try:
+            return {"plan": fit(planner, recipe.budget.memory_gb)[1].plain(), "refused": None, "assumed": rows is None}
+        except BudgetError as problem:
+            return {"plan": None, "refused": str(problem), "assumed": rows is None}
+
+    def _encoded(self, recipe: Recipe) -> _Rows:
+        """The recipe's rows as tokens: they are read again when a file, the base or a setting of `data` changes."""
+        key = json.dumps([recipe.base.path, recipe.plain()["data"], _stamps(recipe)], sort_keys=True)
+        if key not in self._rows:
+            self._rows[key] = encoded_rows(recipe)
+            if len(self._rows) > KEPT_ROWS:
+                self._rows.popitem(last=False)
+        return self._rows[key]
+
 
 def _key(recipe: Recipe) -> str:
     plain = recipe.plain()
     plain["train"] = {k: v for k, v in plain["train"].items() if k not in _FREE}
-    files: list[Any] = []
-    for name in (recipe.data.train, recipe.data.valid):
-        path = Path(name) if name else None
-        files.append(path.stat().st_mtime_ns if path and path.is_file() else None)
-    return json.dumps([plain, files], sort_keys=True)
+    return json.dumps([plain, _stamps(recipe)], sort_keys=True)
 
 
-def _planned(recipe: Recipe) -> Plain:
-    work = work_of_rows(recipe)
-    assumed = work is None
-    if work is None:
-        work = Work.of_rows(max(1, recipe.train.tokens_per_step // LENGTH), min(LENGTH, recipe.data.max_tokens))
-    planner = Planner(recipe, work, IMPORTS_BYTES)
-    if recipe.budget is None:
-        return {"plan": planner.plan().plain(), "refused": None, "assumed": assumed}
-    try:
-        return {"plan": fit(planner, recipe.budget.memory_gb)[1].plain(), "refused": None, "assumed": assumed}
-    except BudgetError as problem:
-        return {"plan": None, "refused": str(problem), "assumed": assumed}
+def _stamps(recipe: Recipe) -> list[Any]:
+    """When and how large the files of rows are; None where there is none."""
+    found = [Path(name) if name else None for name in (recipe.data.train, recipe.data.valid)]
+    return [(p.stat().st_mtime_ns, p.stat().st_size) if p and p.is_file() else None for p in found]
 
 
 def _verdict(found: Plain, recipe: Recipe) -> Plain:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from deltaw.errors import RunError
+from deltaw.lab.queue import Queue
 from deltaw.lab.run_files import Plain, RunFiles
 from deltaw.train.checkpoint import is_training
 from deltaw.train.recipe import load_recipe
@@ -29,13 +30,13 @@ class Runs:
     """The runs of a folder and the processes that train them.
 
     A process goes on when the lab ends: it has a session of its own, and all that it says is in files. A lab that is
-    opened again finds it by RUNS/recipes/NAME.pid. The queue is of this lab: what waits when it ends is not begun.
+    opened again finds it by RUNS/recipes/NAME.pid. What waits is in a file too (queue.py): `wait_again`.
     """
 
     def __init__(self, runs: Path) -> None:
         self.files = RunFiles(runs)
         self._lock = RLock()
-        self._waiting: list[str] = []
+        self._queue = Queue(self.files.recipes)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._worker: Thread | None = None
 
@@ -45,8 +46,8 @@ class Runs:
         """{"state", "sentence"}: waiting, running, stopped, failed or done, from files and processes."""
         folder = self.files.folder(name)
         with self._lock:
-            if name in self._waiting:
-                before = self._waiting.index(name)
+            if name in self._queue.names:
+                before = self._queue.names.index(name)
                 return _told("waiting", f"It waits for the run that trains, and {before} before it." if before else "")
             if self._alive(name) or is_training(folder):
                 return _told("running", "" if (folder / "metrics.jsonl").is_file() else "The base is being loaded.")
@@ -114,8 +115,8 @@ class Runs:
         """
         self.files.find(name)
         with self._lock:
-            if name in self._waiting:
-                self._waiting.remove(name)
+            if name in self._queue.names:
+                self._queue.take(name)
                 return
             pid = self._alive(name)
             if pid is None:
@@ -127,11 +128,22 @@ class Runs:
 
     # Processes -----------------------------------------------------------------------------------
 
+    def wait_again(self) -> None:
+        """Let the runs wait that waited when the lab before this one ended."""
+        with self._lock:
+            for name in self._queue.left():
+                if name in self.files.names() and self.state(name)["state"] == "stopped":
+                    self._queue.put(name)
+            self._begin()
+
     def _ask(self, name: str) -> None:
         self.files.log(name).unlink(missing_ok=True)
-        self._waiting.append(name)
+        self._queue.put(name)
+        self._begin()
+
+    def _begin(self) -> None:
         self._next()
-        if self._waiting and self._worker is None:
+        if self._queue.names and self._worker is None:
             self._worker = Thread(target=self._work, daemon=True)
             self._worker.start()
 
@@ -140,14 +152,16 @@ class Runs:
             time.sleep(LOOKS_S)
             with self._lock:
                 self._next()
-                if not self._waiting:
+                if not self._queue.names:
                     self._worker = None
                     return
 
     def _next(self) -> None:
         """Begin the first that waits, when nothing trains."""
-        if self._waiting and not any(self._trains(name) for name in self.files.names()):
-            self._launch(self._waiting.pop(0))
+        if self._queue.names and not any(self._trains(name) for name in self.files.names()):
+            name = self._queue.names[0]
+            self._launch(name)
+            self._queue.take(name)
 
     def _trains(self, name: str) -> bool:
         return self._alive(name) is not None or is_training(self.files.folder(name))

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from deltaw.errors import DeltawError, NotFound, WorkFailed
+from deltaw.lab.ahead import Ahead, jobs_of
 from deltaw.lab.base import Lab
 from deltaw.lab.controls import read
 from deltaw.lab.desk import Desk
@@ -66,12 +67,14 @@ def make_app(
     pictures = pictures_of(lab)
     frames: dict[str, Any] = {"base": lab.label, "recorded": False, "workbench": desk is not None}
     frames["pictures"] = [p.plain() for p in pictures.values()]
-    app = FastAPI(title="deltaw lab", openapi_url=None)
+    ahead = Ahead(lambda: jobs_of(lab, pictures))
+    app = FastAPI(title="deltaw lab", openapi_url=None, lifespan=ahead.beside)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         refused = _refused(request, host)
-        response = JSONResponse({"detail": refused}, 403) if refused else await call_next(request)
+        with ahead.asked():
+            response = JSONResponse({"detail": refused}, 403) if refused else await call_next(request)
         response.headers.update(HEADERS)
         return response
 

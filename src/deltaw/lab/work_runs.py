@@ -49,6 +49,7 @@ class NewRun(BaseModel):
 def router(lab: Lab, desk: Desk) -> APIRouter:
     """The routes of runs, for the folder of a desk."""
     runs, routes = Runs(desk.runs), APIRouter()
+    runs.wait_again()
 
     @routes.get("/runs")
     def every() -> dict[str, Any]:

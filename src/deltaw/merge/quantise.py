@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from deltaw.model.load import DTYPES, load_tokenizer, load_transformers, resolve
 from deltaw.model.originals import originals
 from deltaw.model.quantised import Format, frozen_weights, saved_config
 from deltaw.model.sites import find_sites
+from deltaw.model.tuned import tune_scales
 from deltaw.store.files import whole_folder, write_text
 
 Say = Callable[[str], None]
@@ -37,10 +40,18 @@ class Calibration:
 
     data    a file of rows (what `read_rows` reads), or a .txt file: one document
     tokens  most of it to read, in its order
+    passes  over it to tune the scales in, by what the dense base answers; 0: they stay as the codes' search left them
+
+    Raises DataError for counts that are not possible.
     """
 
     data: str | Path
     tokens: int = 16_384
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.passes < 0:
+            raise DataError(f"calibration on {self.tokens} tokens in {self.passes} passes is not possible.")
 
     def rows(self) -> list[Row]:
         """The documents. Raises DataError."""
@@ -66,8 +77,8 @@ class QuantiseReport:
     n_quantised       linear maps in that format
     quantised_bytes   of those maps, constants included; dense_bytes is everything else
     size_bytes        of the weight files
-    calibration       what codes were chosen for: the data's name and hash, tokens, window, damping, maps reached; None
-                      where each value has its nearest level
+    calibration       what codes were chosen for: the data's name and hash, tokens, window, damping, maps reached, and
+                      what tuning the scales did; None where each value has its nearest level
     """
 
     out: str
@@ -115,18 +126,21 @@ def quantise_base(
         raise BaseError(f"{folder} is quantised already ({source.format}).\n  Give the model that it was made from.")
     own = source.dtype if source.dtype in DTYPES else "float32"
     dtype = dtype or own
-    text = None if calibration is None else (calibration.rows(), calibration.tokens)  # a wrong one is said at once
+    rows = None if calibration is None else calibration.rows()  # a wrong text is said at once
     if say:
         say(f"quantising {folder} to {how}")
     with whole_folder(out) as aside:  # first: a place that cannot be written to is said before the work
         net = load_transformers(folder, dtype, how)
-        told = None if text is None else _calibrated(net, folder, how, *text, say)
+        told = None
+        if calibration is not None and rows is not None:
+            told = _calibrated(net, folder, how, rows, calibration, say)
         size = _write_tensors(net, aside, shard_bytes)
         write_config(folder, aside, dtype=dtype, tied=None, vocab_size=None)
         _write_format(net, aside, how, dtype)
         write_beside(folder, aside, None)
         digest = fingerprint_folder(aside, checked=False).weights
-        kept = source.model_copy(update={"format": str(how)})
+        codes = "" if told is None else _hash_of_codes(net)
+        kept = source.model_copy(update={"format": str(how), "codes": codes})
         note = {"name": source.name, "fingerprint": kept.model_dump(), "sha256": digest}
         note |= {} if told is None else {"calibration": told}
         write_text(aside / SOURCE_FILE, json.dumps(note, indent=2) + "\n")
@@ -142,6 +156,16 @@ def quantise_base(
     )
 
 
+def _hash_of_codes(net: PreTrainedModel) -> str:
+    """SHA-256 over the codes and scales of all quantised maps, by name: the same whatever dtype the rest is kept in."""
+    whole = hashlib.sha256()
+    for name, weight in sorted(frozen_weights(net).items()):
+        for part, tensor in sorted(weight.named_buffers()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            whole.update(f"{name}.{part}|{len(raw)}|".encode() + raw)
+    return whole.hexdigest()
+
+
 def _sizes(net: PreTrainedModel) -> dict[str, Any]:
     frozen = frozen_weights(net)
     n_bytes = sum(w.nbytes() for w in frozen.values())
@@ -155,17 +179,17 @@ def _sizes(net: PreTrainedModel) -> dict[str, Any]:
 
 
 def _calibrated(
-    net: PreTrainedModel, folder: Path, how: Format, rows: list[Row], most: int, say: Say | None
+    net: PreTrainedModel, folder: Path, how: Format, rows: list[Row], job: Calibration, say: Say | None
 ) -> dict[str, Any]:
-    """Choose the codes of `net` again for a text; what the folder keeps of that."""
-    spec = DataSpec(max_tokens=max(2, most), too_long="cut")
-    ids = windows(net, encode_all(rows, load_tokenizer(folder), spec).examples, most)
+    """Choose the codes of `net` again for a text, then tune its scales; what the folder keeps of that."""
+    spec = DataSpec(max_tokens=max(2, job.tokens), too_long="cut")
+    ids = windows(net, encode_all(rows, load_tokenizer(folder), spec).examples, job.tokens)
     if say:
         say(f"calibrating on {ids.numel():,} tokens of {rows[0].source}")
-    left = calibrate(net, how, originals(folder, find_sites(net), net.base_model_prefix), ids, say)
+    left = calibrate(net, how, _dense_maps(folder, net, say), ids, say)
     if left and say:
         say(f"{len(left)} maps were not reached and have their nearest levels: {', '.join(left[:5])}")
-    return {
+    told: dict[str, Any] = {
         "data": Path(rows[0].source).name,
         "data_hash": data_hash(rows),
         "tokens": ids.numel(),
@@ -173,6 +197,32 @@ def _calibrated(
         "damping": DAMPING,
         "maps": len(frozen_weights(net)) - len(left),
     }
+    if job.passes:
+        dtype = str(net.dtype).removeprefix("torch.")
+        told["tuned"] = asdict(tune_scales(net, load_transformers(folder, dtype), ids, job.passes, say))
+    return told
+
+
+def _dense_maps(folder: Path, net: PreTrainedModel, say: Say | None) -> Callable[[str], Tensor]:
+    """A function from a map's name to its W [out, in]: from the files, or where these name it in another way than the
+    network does, from the whole dense network, which is then loaded."""
+    read = originals(folder, find_sites(net), net.base_model_prefix)
+
+    @cache
+    def whole() -> PreTrainedModel:
+        if say:
+            say("the files name maps in another way than the network: loading the whole dense model beside it")
+        own = fingerprint_folder(folder).dtype
+        return load_transformers(folder, own if own in DTYPES else "float32")
+
+    def dense(name: str) -> Tensor:
+        try:
+            return read(name)
+        except BaseError:
+            weight: Tensor = whole().get_submodule(name).weight
+            return weight.T if find_sites(net)[name].kind == "conv1d" else weight
+
+    return dense
 
 
 def requantise(folder: Path, how: Format, dtype: str, shard_bytes: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
@@ -37,6 +37,8 @@ class LowRank(MethodSpec):
     bias                         "none"; "lora_only": biases of targeted maps train; "all": every bias of a
                                  linear map and of a norm
     """
+
+    schedule: ClassVar[Literal["cosine", "hold"]] = "hold"  # learns more at one rate, and forgets no more
 
     rank: Count = 16
     alpha: Factor = 32.0

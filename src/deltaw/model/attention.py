@@ -289,6 +289,7 @@ AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, _no_mask)
 _LOCK = threading.RLock()
 _LOST: WeakSet[PreTrainedModel] = WeakSet()
+_MADE_FOR_PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _OWN: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # the attention a model came with
 
 
@@ -309,14 +310,15 @@ def packs(net: PreTrainedModel) -> bool:
     sequence into chunks or has attention sinks. A model that was found to lose the documents on the way (Nemotron) is
     in `_LOST`.
     """
-    return (
-        net not in _LOST
-        and kind_of(net) == "causal"
-        and bool(getattr(net, "_supports_attention_backend", False))
-        and not any(isinstance(m, nn.Conv1d) for m in net.modules())
-        and getattr(net.config.get_text_config(), "attention_chunk_size", None) is None
-        and not any(name.endswith("sinks") for name, _ in net.named_parameters())
-    )
+    if net not in _MADE_FOR_PACKS:  # a walk over all modules, and steps ask several times
+        _MADE_FOR_PACKS[net] = (
+            kind_of(net) == "causal"
+            and bool(getattr(net, "_supports_attention_backend", False))
+            and not any(isinstance(m, nn.Conv1d) for m in net.modules())
+            and getattr(net.config.get_text_config(), "attention_chunk_size", None) is None
+            and not any(name.endswith("sinks") for name, _ in net.named_parameters())
+        )
+    return _MADE_FOR_PACKS[net] and net not in _LOST
 
 
 @contextmanager

@@ -92,16 +92,16 @@ class Computes:
         """
         front, batch = self.front(), batch.to(self.device)
         if (hidden := self._fused(batch, front)) is None:
-            return summed_cross_entropy(self._plain_logits(batch, front), batch.target_ids)
+            return summed_cross_entropy(self._plain_logits(batch, front), batch.target_ids, spend=True)
         head = self.net.get_output_embeddings()
         if wears(head):
-            return summed_cross_entropy(head(hidden), batch.target_ids)
+            return summed_cross_entropy(head(hidden), batch.target_ids, spend=True)
         weight = self.places.weights["lm_head"]
         return head_loss(hidden, weight, getattr(head, "bias", None), batch.target_ids, self.arena)
 
     def _plain_logits(self, batch: Batch, front: Prefix | None) -> Tensor:
         """`pack_logits` by the model's own code."""
-        with recomputed_blocks(self.net) if self.run.again else nullcontext():
+        with recomputed_blocks(self.net, self.run.blocks) if self.run.again else nullcontext():
             if self.kind == "classify":
                 return pack_label_logits(self.net, front, batch, self.run)
             if self.kind == "seq2seq":
@@ -115,7 +115,7 @@ class Computes:
             except DocumentsLost:
                 cannot_pack(self.net)
                 return one_by_one(self.net, front, batch)
-            logits: Tensor = out.logits[0]
+            logits: Tensor = out.logits.squeeze(0)  # an index would make its gradient whole once more
             return logits
 
     def why_plain(self) -> str | None:

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
+from deltaw.data.needed import needed
 from deltaw.data.pack import Batch
 from deltaw.model.host import EmbeddingHost, Host
 from deltaw.model.swap import Swapped
 from deltaw.ops.arena import Arena
 from deltaw.ops.block import AttentionHalf, Block, FeedForward, Norm, Pack, fused
+from deltaw.ops.byrows import by_rows
 from deltaw.ops.maps import Map
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi3")
@@ -44,15 +46,20 @@ def fused_hidden(
     Raises Plain before anything is computed.
     """
     blocks = read_blocks(net, weights, training=training)
+    longest = int(batch.bounds.diff().max())
+    if net.device.type != "cuda":  # whose attention knows no fronts
+        batch = needed(batch)
     body: Any = net.model
     x = body.embed_tokens(batch.input_ids)
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = body.rotary_emb(x.new_empty(0, dtype=wide), position_ids=batch.positions[None])
-    pack = Pack(batch.bounds, cos[0], sin[0])
-    for block in blocks[:-1]:
-        x = fused(block, x, pack, arena, again=again)
-    x = fused(blocks[-1], x, pack, arena, rows=batch.predict_at, again=again)
-    hidden: Tensor = body.norm(x)
+    places = torch.arange(longest, device=x.device)[None]  # of whole documents: a scaling of positions may look at them
+    cos, sin = (t[0][batch.positions] for t in body.rotary_emb(x.new_empty(0, dtype=wide), position_ids=places))
+    pack = Pack(batch.bounds, cos, sin, batch.fronts)
+    for i, block in enumerate(blocks):
+        rows = batch.predict_at if i == len(blocks) - 1 else None
+        x = fused(block, x, pack, arena, rows=rows, again=again, spend=i > 0)
+    changed = isinstance(body.norm, Swapped) and body.norm.is_used()
+    hidden: Tensor = body.norm(x) if changed else by_rows(body.norm, x)
     return hidden
 
 

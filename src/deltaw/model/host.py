@@ -61,6 +61,7 @@ class Run:
     use       adapters in use, name -> weight; a set is the base plus the weighted sum of its deltas
     seed      seeds dropout; None outside training
     again     compute blocks again in the backward (activation checkpointing)
+    blocks    of the network that this one stands for in a plan; None: as many as it has
     pack      of each document of the pack being computed: (number in its step, tokens, targets), so that dropout does
               not depend on which documents share a pack; None: the whole input has one mask
     forms     normal forms made while nothing trains, by (place, adapter's slot); None: each forward makes them anew
@@ -71,6 +72,7 @@ class Run:
     use: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
     again: bool = False
+    blocks: int | None = None
     pack: tuple[tuple[int, int, int], ...] | None = None
     forms: dict[tuple[str, int], Form] | None = None
     heard: dict[str, Tensor] = field(default_factory=dict)

@@ -123,7 +123,7 @@ def quantise_network(net: PreTrainedModel, how: Format) -> PreTrainedModel:
             weight = how.make(module.weight.T if site.kind == "conv1d" else module.weight, module.weight.dtype)
         except BaseError as problem:
             raise BaseError(f"{name}.weight: {problem}") from problem
-        _put(net, name, FrozenLinear(weight, module.bias, site.kind))
+        put_module(net, name, FrozenLinear(weight, module.bias, site.kind))
     return net
 
 
@@ -140,11 +140,12 @@ def dequantise_network(net: PreTrainedModel) -> PreTrainedModel:
                 plain = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
         plain.weight = nn.Parameter(dense.T.contiguous() if old.kind == "conv1d" else dense, requires_grad=False)
         plain.bias = old.bias
-        _put(net, name, plain)
+        put_module(net, name, plain)
     return net
 
 
-def _put(net: nn.Module, name: str, module: nn.Module) -> None:
+def put_module(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one called `name`, in place."""
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, module)
 
@@ -336,7 +337,7 @@ def settle(net: PreTrainedModel, folder: Any) -> PreTrainedModel:
     for tensor in (*net.parameters(), *net.buffers()):
         tensor.data = tensor.data.clone()  # one that is a view of the mapped file would keep all that was read of it
     for name, weight in net.hf_quantizer.made.items():
-        _put(net, name, FrozenLinear(weight, net.get_submodule(name).bias, net.hf_quantizer.sites[name].kind))
+        put_module(net, name, FrozenLinear(weight, net.get_submodule(name).bias, net.hf_quantizer.sites[name].kind))
     net.hf_quantizer.remove_quantization_config(net)
     net.__dict__.pop("_get_dtype_plan", None)
     return net

@@ -55,10 +55,13 @@ def _recomputed(forward: Callable[..., Any], inputs: _Inputs, hidden: Any, *args
 
 
 @contextmanager
-def recomputed_blocks(net: nn.Module) -> Iterator[None]:
-    """Inside, every block of `net` keeps only its input and is computed again in the backward. For one forward."""
+def recomputed_blocks(net: nn.Module, room_for: int | None = None) -> Iterator[None]:
+    """Inside, every block of `net` keeps only its input and is computed again in the backward. For one forward.
+
+    room_for  inputs that the buffer has room for; None: one of each block
+    """
     blocks = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
-    inputs = _Inputs(len(blocks))
+    inputs = _Inputs(room_for or len(blocks))
     for block in blocks:
         block.forward = partial(_recomputed, block.forward, inputs)
     try:

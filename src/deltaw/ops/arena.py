@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-_ALIGN = 64
+ALIGN = 64
 _LEAST = 64 << 20  # where the system grants no more than this, buffers come one by one
 _HUGE_PAGES = 14  # MADV_HUGEPAGE: fewer page faults, fewer misses of the TLB
 
@@ -32,12 +33,15 @@ class _Stack:
 
     def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = like.dtype if dtype is None else dtype
-        if like.device.type != "cpu":
+        if like.device.type not in ("cpu", "meta"):
             return torch.empty(shape, dtype=dtype, device=like.device)
+        end = self.used + -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+        if like.is_meta:  # counted, for plans
+            self.used, self.peak = end, max(self.peak, end)
+            return torch.empty(shape, dtype=dtype, device="meta")
         if self._region is None:
             self._reserve()
         assert self._region is not None
-        end = self.used + -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
         if end > self._size:
             return torch.empty(shape, dtype=dtype)
         at, self.used = self.used // dtype.itemsize, end
@@ -62,22 +66,30 @@ class Arena:
 
     On other devices than the CPU, and beyond the region, PyTorch's own allocator gives them.
 
+    told   called with each buffer and whether it is borrowed; a planner's ear
     lock   whoever takes memory holds it until the work that needs `scratch` is done, so that what threads keep lies in
            stretches of their own, and what one borrows is not another's
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.told: Callable[[Tensor, bool], None] | None = None
         self._kept, self._borrowed = _Stack(), _Stack()
         self._live = 0
 
     def keep(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor of `shape` in `dtype` (like's), valid as long as the lease it was taken under."""
-        return self._kept.take(shape, like, dtype)
+        made = self._kept.take(shape, like, dtype)
+        if self.told is not None:
+            self.told(made, False)
+        return made
 
     def borrow(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The same, valid until the end of the `scratch` block around it."""
-        return self._borrowed.take(shape, like, dtype)
+        made = self._borrowed.take(shape, like, dtype)
+        if self.told is not None:
+            self.told(made, True)
+        return made
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
@@ -105,6 +117,11 @@ class Arena:
     def kept(self) -> int:
         """Bytes kept now."""
         return self._kept.used
+
+    @property
+    def borrowed(self) -> int:
+        """Bytes borrowed now."""
+        return self._borrowed.used
 
     @property
     def peak(self) -> int:
@@ -142,6 +159,22 @@ def _physical_bytes() -> int:
         return 0
 
 
+def on_huge_pages(n: int) -> Tensor:
+    """[n] bytes (uint8) of the system's own, that nobody has touched yet, on pages of 2 MB where it can.
+
+    Not the allocator's: what others used and gave back lies on small pages for good. Less than 2 MB is the allocator's.
+    """
+    page = 2 << 20
+    if not sys.platform.startswith("linux") or n < page:
+        return torch.empty(n, dtype=torch.uint8)
+    held = mmap.mmap(-1, n + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(held, dtype=torch.uint8)
+    first = -memory.data_ptr() % page
+    whole = -(-n // page) * page
+    _advise(memory.data_ptr() + first, whole if whole - n <= n // 16 else whole - page)
+    return memory[first : first + n]
+
+
 def ask_for_huge_pages(region: torch.UntypedStorage) -> None:
     """Advise the system to back memory that nobody has touched yet by pages of 2 MB, where it can."""
     if not sys.platform.startswith("linux"):
@@ -149,5 +182,9 @@ def ask_for_huge_pages(region: torch.UntypedStorage) -> None:
     page = 2 << 20
     first = -(-region.data_ptr() // page) * page
     length = (region.data_ptr() + region.nbytes() - first) // page * page
-    if length > 0:  # advice only: refused, it changes nothing
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _HUGE_PAGES)
+    if length > 0:
+        _advise(first, length)
+
+
+def _advise(first: int, length: int) -> None:  # advice only: refused, it changes nothing
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _HUGE_PAGES)

@@ -3,8 +3,9 @@
     S = scale Q K^T    P = softmax(S)    O = P V    lse = log of the sum of exp(S)
 
 q [T, H, D], k and v [T, G, D] with H a multiple of G, bounds int64 [n + 1] from 0 to T. A token sees itself and, with a
-window, the window - 1 tokens before it. The compiled form (native/attention.h) keeps no score matrix; the plain form,
-`attend_reference` and `attend_backward_reference`, has one for each document.
+window, the window - 1 tokens before it. A document may go on where another ends, its front: it sees the front's tokens
+too, which are computed once for all that follow. The compiled form (native/attention.h) keeps no score matrix; the
+plain form, `attend_reference` and `attend_backward_reference`, has one for each document.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ def attend(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    fronts: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o [T, H, D] contiguous, lse float32 [H, T]); `out` is o's place. softcap: c * tanh(score / c).
+    """(o [T, H, D] contiguous, lse float32 [H, T]); `out` is o's place. softcap: c * tanh(score / c). fronts int64 [n]:
+    the document that each goes on from, -1 for none.
 
     The strides of tokens and heads are free; features lie side by side. Scores, softmax and sums are float32. With
     bfloat16 products P is rounded to bfloat16 for P V. Raises ShapeError for shapes that do not belong together.
@@ -58,16 +61,16 @@ def attend(
     """
     _check(q, k, v)
     if not _suits_native(q, k, v, scale, softcap):
-        if cuda.suits_flash(q, k, v, softcap):
+        if cuda.suits_flash(q, k, v, softcap) and fronts is None:
             o, lse = cuda.flash(q, k, v, bounds, scale, window)
         else:
-            o, lse = attend_reference(q, k, v, bounds, scale, window=window, softcap=softcap)
+            o, lse = attend_reference(q, k, v, bounds, scale, window=window, softcap=softcap, fronts=fronts)
         return (o if out is None else out.copy_(o)), lse
     o = q.new_empty(q.shape) if out is None else out
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     if not q.is_meta and q.numel():
         q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
-        attention_calls.attend(q, k, v, attention_calls.Setting(bounds, scale, window), o, lse)
+        attention_calls.attend(q, k, v, attention_calls.Setting(bounds, scale, window, fronts), o, lse)
     return o, lse
 
 
@@ -83,6 +86,7 @@ def attend_backward(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    fronts: Tensor | None = None,
     out: Gradients | None = None,
 ) -> Gradients:
     """(dq, dk, dv) from g = dL/do and what `attend` gave; each has its input's shape and strides, or is in `out`.
@@ -94,10 +98,12 @@ def attend_backward(
     """
     _check(q, k, v)
     if not _suits_native(q, k, v, scale, softcap):
-        if cuda.suits_flash(q, k, v, softcap):
+        if cuda.suits_flash(q, k, v, softcap) and fronts is None:
             found = cuda.flash_backward(g, (q, k, v, o), lse, bounds, scale, window)
         else:
-            found = attend_backward_reference(g, q, k, v, o, lse, bounds, scale, window=window, softcap=softcap)
+            found = attend_backward_reference(
+                g, q, k, v, o, lse, bounds, scale, window=window, softcap=softcap, fronts=fronts
+            )
         if out is None:
             return found
         for place, gradient in zip(out, found, strict=True):
@@ -106,7 +112,7 @@ def attend_backward(
     rows = tuple(_side_by_side(t) for t in (q, k, v, o, g))
     places = (torch.empty_like(rows[0]), torch.empty_like(rows[1]), torch.empty_like(rows[2])) if out is None else out
     if not q.is_meta and q.numel():
-        attention_calls.attend_backward(rows, lse, attention_calls.Setting(bounds, scale, window), places)
+        attention_calls.attend_backward(rows, lse, attention_calls.Setting(bounds, scale, window, fronts), places)
     return places
 
 
@@ -156,16 +162,17 @@ def attend_reference(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    fronts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The slow, plain form of `attend`: the whole score matrix of each document, in float32 (float64 for float64)."""
     o = q.new_empty(q.shape)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=_wide(q), device=q.device)
-    for place in _documents(bounds, len(q)):
-        qs, ks, vs = (_heads(t[place], k.shape[1]) for t in (q, k, v))
+    for own, seen in _documents(bounds, len(q), fronts):
+        qs, ks, vs = (_heads(t[rows], k.shape[1]) for t, rows in ((q, own), (k, seen), (v, seen)))
         scores = _scores(qs, ks, scale, window, softcap)[0]
         of_rows = scores.logsumexp(-1)
-        o[place] = _rows((scores - of_rows[..., None]).exp() @ vs).to(q.dtype)
-        lse[:, place] = of_rows.flatten(0, 1)
+        o[own] = _rows((scores - of_rows[..., None]).exp() @ vs).to(q.dtype)
+        lse[:, own] = of_rows.flatten(0, 1)
     return o, lse
 
 
@@ -181,34 +188,46 @@ def attend_backward_reference(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    fronts: Tensor | None = None,
 ) -> Gradients:
     """The slow, plain form of `attend_backward`. With a softcap dS is multiplied by its slope, 1 - tanh^2."""
-    found = [torch.empty_like(t) for t in (q, k, v)]
-    for place in _documents(bounds, len(q)):
-        qs, ks, vs, os, gs = (_heads(t[place], k.shape[1]) for t in (q, k, v, o, g))
+    found = [torch.zeros(t.shape, dtype=_wide(t), device=t.device) for t in (q, k, v)]
+    for own, seen in _documents(bounds, len(q), fronts):
+        qs, ks, vs = (_heads(t[rows], k.shape[1]) for t, rows in ((q, own), (k, seen), (v, seen)))
+        os, gs = _heads(o[own], k.shape[1]), _heads(g[own], k.shape[1])
         scores, slope = _scores(qs, ks, scale, window, softcap)
-        p = (scores - lse[:, place].reshape(scores.shape[:-1])[..., None]).exp()
+        p = (scores - lse[:, own].reshape(scores.shape[:-1])[..., None]).exp()
         ds = p * (gs @ vs.mT - (gs * os).sum(-1, keepdim=True)) * slope
         parts = ds @ ks, (ds.mT @ qs).sum(1, keepdim=True), (p.mT @ gs).sum(1, keepdim=True)
-        for whole, part in zip(found, parts, strict=True):
-            whole[place] = _rows(part).to(whole.dtype)
-    return found[0], found[1], found[2]
+        for whole, part, rows in zip(found, parts, (own, seen, seen), strict=True):
+            whole[rows] += _rows(part)
+    dq, dk, dv = (whole.to(t.dtype) for whole, t in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Scores [G, H / G, L, L] with -inf where nothing is seen, and their slope in q k: a number, or a matrix."""
+    """Scores [G, H / G, L, K] of the last L of K tokens with -inf where nothing is seen, and their slope in q k: a
+    number, or a matrix."""
     scores = q @ k.mT * scale
     slope = torch.as_tensor(scale, dtype=scores.dtype)
     if softcap is not None:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, scale * (1 - bent * bent)
+    before = scores.shape[-1] - scores.shape[-2]
     ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    hidden = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-max(1, window))
+    hidden = ones.triu(1 + before)
+    if window is not None:
+        hidden = hidden | ones.tril(before - max(1, window))
     return scores.masked_fill(hidden, float("-inf")), slope
 
 
-def _documents(bounds: Tensor, tokens: int) -> Iterator[slice]:
-    return (slice(a, b) for a, b in itertools.pairwise(attention_calls.checked_bounds(bounds, tokens)) if b > a)
+def _documents(bounds: Tensor, tokens: int, fronts: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(its own tokens, those that they see) of each document."""
+    ends = attention_calls.checked_bounds(bounds, tokens)
+    all_of = [torch.arange(a, b) for a, b in itertools.pairwise(ends)]
+    for own, front in zip(all_of, attention_calls.checked_fronts(fronts, ends), strict=True):
+        if len(own):
+            yield own, own if front < 0 else torch.cat([all_of[front], own])
 
 
 def _heads(t: Tensor, shared: int) -> Tensor:

@@ -107,11 +107,13 @@ class Pack:
     """What the blocks of one forward share.
 
     bounds     [D + 1] int64, of documents       cos, sin   [T, R] float32, of each token's position
+    fronts     [D] int64, the document that each goes on from (`ops.attention`), or None
     """
 
     bounds: Tensor
     cos: Tensor
     sin: Tensor
+    fronts: Tensor | None = None
 
 
 # The attention half ---------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def _attention_forward(
     rotate_(q, pack.cos, pack.sin)
     rotate_(k, pack.cos, pack.sin)
     o = arena.keep(n_tokens, half.heads, half.dim, like=x)
-    _, lse = attend(q, k, v, pack.bounds, half.scale, window=half.window, out=o)
+    _, lse = attend(q, k, v, pack.bounds, half.scale, window=half.window, fronts=pack.fronts, out=o)
     flat, onto = o.flatten(1), x
     if rows is not None:
         flat, onto = flat[rows], x[rows]
@@ -189,9 +191,8 @@ def _attention_backward(
         flat = flat[rows]
     of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], flat)
     q, k, v = grads = _heads(half, kept.qkv)  # gradients take the places of what they are of
-    attend_backward(
-        do.view_as(kept.o), q, k, v, kept.o, kept.lse, pack.bounds, half.scale, window=half.window, out=(q, k, v)
-    )
+    how: dict[str, Any] = {"window": half.window, "fronts": pack.fronts, "out": (q, k, v)}
+    attend_backward(do.view_as(kept.o), q, k, v, kept.o, kept.lse, pack.bounds, half.scale, **how)
     rotate_(grads[0], pack.cos, pack.sin, back=True)
     rotate_(grads[1], pack.cos, pack.sin, back=True)
     of_heads: Grads = []
@@ -259,13 +260,17 @@ def _ffn_backward(half: FeedForward, kept: _FedForward, g: Tensor, dx: Tensor, a
 # Both under autograd --------------------------------------------------------------------------------------------------
 
 
+def _result(x: Tensor, rows: Tensor | None, arena: Arena) -> Tensor:
+    return arena.keep(x.shape[0] if rows is None else len(rows), x.shape[1], like=x)
+
+
 def _forward(
-    block: Block, x: Tensor, pack: Pack, rows: Tensor | None, arena: Arena
-) -> tuple[Tensor, _Attended, _FedForward]:
-    n = x.shape[0] if rows is None else len(rows)
-    y, between = arena.keep(n, x.shape[1], like=x), arena.keep(n, x.shape[1], like=x)
+    block: Block, x: Tensor, pack: Pack, rows: Tensor | None, y: Tensor, arena: Arena
+) -> tuple[_Attended, _FedForward]:
+    """Fill y with the block at x."""
+    between = arena.keep(*y.shape, like=x)
     attended = _attention_forward(block.attention, x, pack, rows, between, arena)
-    return y, attended, _ffn_forward(block.ffn, between, y, arena)
+    return attended, _ffn_forward(block.ffn, between, y, arena)
 
 
 class _Fused(torch.autograd.Function):
@@ -273,33 +278,45 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: Block, pack: Pack, rows: Tensor | None, arena: Arena, mode: Mode, *own: Tensor
+        ctx: Any,
+        x: Tensor,
+        block: Block,
+        pack: Pack,
+        rows: Tensor | None,
+        arena: Arena,
+        mode: Mode,
+        spend: bool,
+        *own: Tensor,
     ) -> Tensor:
         with arena.lock:
+            result = arena.lease()
+            y = _result(x, rows, arena)
+            result.close()
             lease = arena.lease()
-            y, attended, fed = _forward(block, x, pack, rows, arena)
+            attended, fed = _forward(block, x, pack, rows, y, arena)
             lease.close()
             ctx.what = (x.detach(), block, pack, rows, arena)
-            if mode == "keep":
-                ctx.kept = (lease, attended, fed)
-                return y
-            y = y.clone()
-            lease.end()
-            ctx.kept = None
+            ctx.result, ctx.kept, ctx.spend = result, (lease, attended, fed), spend
+            if mode != "keep":
+                lease.end()
+                ctx.kept = None
+            if mode == "forget":
+                y = y.clone()
+                result.end()
             return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if ctx.what is None:
             raise RuntimeError("A fused block's backward runs once: what it kept is used up.")
-        (x, block, pack, rows, arena), kept = ctx.what, ctx.kept
-        ctx.what = ctx.kept = None
+        (x, block, pack, rows, arena), kept, result = ctx.what, ctx.kept, ctx.result
+        ctx.what = ctx.kept = ctx.result = None
         g = grads[0].contiguous()
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dx = None if not ctx.needs_input_grad[0] else x if ctx.spend else torch.empty_like(x)
         with arena.lock, arena.scratch():
             if kept is None:
                 lease = arena.lease()
-                kept = (lease, *_forward(block, x, pack, rows, arena)[1:])
+                kept = (lease, *_forward(block, x, pack, rows, _result(x, rows, arena), arena))
                 lease.close()
             lease, attended, fed = kept
             between = arena.borrow(*g.shape, like=g)
@@ -307,20 +324,29 @@ class _Fused(torch.autograd.Function):
                 of_ffn = _ffn_backward(block.ffn, fed, g, between, arena)
             of_attention = _attention_backward(block.attention, attended, between, pack, rows, dx, arena)
             lease.end()
-        return dx, None, None, None, None, None, *of_attention, *of_ffn
+            result.end()
+        return dx, None, None, None, None, None, None, *of_attention, *of_ffn
 
 
 def fused(
-    block: Block, x: Tensor, pack: Pack, arena: Arena, *, rows: Tensor | None = None, again: bool = False
+    block: Block,
+    x: Tensor,
+    pack: Pack,
+    arena: Arena,
+    *,
+    rows: Tensor | None = None,
+    again: bool = False,
+    spend: bool = False,
 ) -> Tensor:
     """The block at x [T, d]: [T, d], or [n, d] for `rows` [n] int64 ascending alone.
 
-    again   keep the input only and compute the block again in the backward
+    again   keep the input and the result only and compute the block again in the backward
+    spend   nobody else reads x: the backward writes its gradient over it. Between blocks that is the heap's worst hole
 
     What is kept lies in `arena` until the backward, which runs once, or until the result is forgotten.
     """
     own = block.parameters()
     needs = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in own))
     mode: Mode = "again" if again and needs else "keep" if needs else "forget"
-    y: Tensor = _Fused.apply(x, block, pack, rows, arena, mode, *own)
+    y: Tensor = _Fused.apply(x, block, pack, rows, arena, mode, spend, *own)
     return y

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltaw.errors import ShapeError
 from deltaw.ops import cuda
-from deltaw.ops.native import calls, library
+from deltaw.ops.native import calls, library, wide_calls
 
 NESTED_BLOCK = 256
 """absmax values that share one scale when absmax itself is quantised (double quantisation)."""
@@ -288,6 +288,9 @@ def _product(x: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
         if not x.is_meta:
             calls.product(flat, packed(blocks), None if bias is None else bias.contiguous(), y)
         return y.view(*x.shape[:-1], out)
+    if _is_wide(flat):
+        _fill_wide(y, flat, blocks, bias)
+        return y.view(*x.shape[:-1], out)
     step = _portion(cols, out, x.element_size())
     scratch = x.new_empty(step * cols)
     for r0 in range(0, out, step):
@@ -309,6 +312,9 @@ def _product_t(g: Tensor, blocks: Blocks) -> Tensor:
     n = g.numel() // out
     flat = g.reshape(n, out).contiguous()
     x = g.new_empty((n, cols))
+    if _is_wide(flat):
+        _fill_wide(x, flat, blocks, None, back=True)
+        return x.view(*g.shape[:-1], cols)
     step = _portion(out, cols, g.element_size())
     scratch = g.new_empty(step * out)
     for c0 in range(0, cols, step):
@@ -317,6 +323,18 @@ def _product_t(g: Tensor, blocks: Blocks) -> Tensor:
         _fill(w, blocks, (0, out), (c0, c1))
         torch.mm(flat, w, out=x[:, c0:c1])
     return x.view(*g.shape[:-1], cols)
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and wide_calls.available()
+
+
+def _fill_wide(y: Tensor, x: Tensor, blocks: Blocks, bias: Tensor | None, back: bool = False) -> None:
+    """y = x W^T + bias, or x W: W is made dense a panel at a time, where the product reads it."""
+    room = y.new_empty(wide_calls.room(len(y), [y.shape[1]]), dtype=torch.uint8)
+    if len(y) and not y.is_meta:
+        added = None if bias is None else bias.float().contiguous()
+        wide_calls.products([wide_calls.Band(y, [wide_calls.Term(x, (packed(blocks), back))], added)], room)
 
 
 def _portion(length: int, n: int, item_bytes: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
 from deltaw.ops.loss import cross_entropy_
+from deltaw.ops.wide import Band, Frozen, Term, products
 
 _CHUNK = 64 << 20  # bytes of logits at a time: fewer rows make the products slower, more gain nothing
 
@@ -29,15 +30,14 @@ def head_loss_reference(h: Tensor, weight: Weight, bias: Tensor | None, targets:
     return F.cross_entropy(logits.to(wide), targets, reduction="sum")
 
 
-def _chunk(h: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor, arena: Arena, dh: Tensor | None) -> Tensor:
+def _chunk(h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor, arena: Arena, dh: Tensor | None) -> Tensor:
     """The summed loss of a few rows; fills their dh."""
     with arena.lock, arena.scratch():
-        logits = torch.mm(h, w.T, out=arena.borrow(len(h), len(w), like=h))
-        if bias is not None:
-            logits += bias
+        logits = arena.borrow(len(h), weight.out_features, like=h)
+        products([Band(logits, [Term(h, Frozen(weight))], bias)], arena)
         loss = cross_entropy_(logits, targets).sum()
         if dh is not None:
-            torch.mm(logits, w, out=dh)
+            products([Band(dh, [Term(logits, Frozen(weight, back=True))])], arena)
     return loss
 
 
@@ -47,14 +47,13 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor, arena: Arena, wanted: bool
     ) -> Tensor:
         n, vocab = len(h), weight.out_features
-        w = weight.dense(h.dtype)
         dh = torch.empty_like(h) if wanted else None
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         chunks = max(1, -(-n * vocab * h.element_size() // _CHUNK))
         rows = max(1, -(-n // chunks))
         for first in range(0, n, rows):
             at = slice(first, first + rows)
-            total += _chunk(h[at], w, bias, targets[at], arena, None if dh is None else dh[at])
+            total += _chunk(h[at], weight, bias, targets[at], arena, None if dh is None else dh[at])
         ctx.dh = dh
         return total
 

@@ -56,22 +56,32 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """d loss / d logits_i = softmax(logits_i) - onehot(target_i), kept in the dtype of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, spend: bool) -> Tensor:
         rows, losses = logits.detach().contiguous(), _new_losses(logits)
-        grad = torch.empty_like(rows) if logits.requires_grad else None  # not logits' memory: they may be used again
+        grad = None if not logits.requires_grad else rows if spend else torch.empty_like(rows)
         _cross_entropy(rows, targets.contiguous(), 1.0, grad, losses)
-        ctx.save_for_backward(grad)
+        if grad is rows:
+            torch.autograd.graph.increment_version(logits)  # whoever else kept them for a backward is told
+        ctx.grad, ctx.spend = grad, spend
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return grad * grads[0], None  # the scalar stays float32: rounded, it would scale every step's gradient
+        if ctx.grad is None:
+            raise RuntimeError("The backward of a loss that spends its logits runs once: they are used up.")
+        scale = grads[0]  # the scalar stays float32: rounded, it would scale every step's gradient
+        if not ctx.spend:
+            return ctx.grad * scale, None, None
+        grad, ctx.grad = ctx.grad.mul_(scale), None
+        return grad, None, None
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood of `targets` [n] under `logits` [n, V]: a float32 scalar. Differentiable."""
-    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)
+def summed_cross_entropy(logits: Tensor, targets: Tensor, *, spend: bool = False) -> Tensor:
+    """Summed negative log-likelihood of `targets` [n] under `logits` [n, V]: a float32 scalar. Differentiable.
+
+    spend   nobody else reads the logits: their gradient, as large as they are, takes their place. Runs backward once
+    """
+    loss: Tensor = _SummedCrossEntropy.apply(logits, targets, spend)
     return loss
 
 

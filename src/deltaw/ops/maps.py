@@ -24,7 +24,8 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
-from deltaw.ops.thin import thin_add_, thin_back
+from deltaw.ops.thin import thin_back
+from deltaw.ops.wide import Band, Frozen, Term, products
 
 _ROWS = 256
 PARTS = ("A", "B", "out_gain", "in_gain", "bias")
@@ -92,28 +93,24 @@ def forward(
         u = arena.keep(x.shape[0], a.shape[0], like=x)
         thin_back(x, a.T, None, out=u)
     bs = tuple(None if (b := m.part("B")) is None else b.to(x.dtype) for m in maps)
-    kept: list[Tensor | None] = []
+    bands: list[Band] = []
     first = 0
-    for m, b, out in zip(maps, bs, outs, strict=True):
-        gain, in_gain, bias = m.part("out_gain"), m.part("in_gain"), m.whole_bias
-        with arena.scratch():
+    with arena.scratch():
+        for m, b, out in zip(maps, bs, outs, strict=True):
+            in_gain = m.part("in_gain")
             source = x if in_gain is None else torch.addcmul(x, x, _less_one(in_gain, x), out=_lent(x, arena))
-            w = _dense(m, x, arena).T
-            if bias is None:
-                torch.mm(source, w, out=out)
-            else:
-                out.copy_(bias.expand_as(out)).addmm_(source, w)
-        if u is not None and b is not None and m.affine is not None:
-            thin_add_(out, u[:, first : first + m.rank], b, m.affine.scale)
-            first += m.rank
-        kept.append(_gain(out, gain, bias, arena))
-        if onto is not None:
-            out += onto  # last: sums that begin at a large residual lose what is small
+            terms = [Term(source, Frozen(m.weight))]
+            if u is not None and b is not None and m.affine is not None:
+                terms.insert(0, Term(u[:, first : first + m.rank], b.T, m.affine.scale))
+                first += m.rank
+            bands.append(Band(out, terms, m.whole_bias, onto if m.part("out_gain") is None else None))
+        products(bands, arena)
+    kept: list[Tensor | None] = []
+    for m, out in zip(maps, outs, strict=True):
+        kept.append(_gain(out, m.part("out_gain"), m.whole_bias, arena))
+        if onto is not None and kept[-1] is not None:
+            out += onto
     return Kept(u, a, bs, tuple(kept))
-
-
-def _dense(m: Map, like: Tensor, arena: Arena) -> Tensor:
-    return m.weight.dense(like.dtype, lambda: arena.borrow(m.weight.out_features, m.weight.in_features, like=like))
 
 
 def _gain(out: Tensor, gain: Tensor | None, bias: Tensor | None, arena: Arena) -> Tensor | None:
@@ -148,7 +145,8 @@ def input_gradient(
     total = sum(m.rank for m in maps)
     h = arena.borrow(n, total, like=like) if total else None
     sums: list[Tensor | None] = []
-    products: list[Tensor | None] = []
+    before: list[Tensor | None] = []
+    terms: list[Term] = []
     first = 0
     for m, b, big in zip(maps, kept.b, grads, strict=True):
         gain, in_gain = m.part("out_gain"), m.part("in_gain")
@@ -161,23 +159,21 @@ def input_gradient(
             of_b = thin_back(g, b, u, scale=m.affine.scale, out=h[:, first:end])
             first = end
         sums.append(of_b)
-        product = None
-        if in_gain is not None:
-            product = torch.mm(g, _dense(m, g, arena), out=arena.borrow(n, m.weight.in_features, like=like))
-        products.append(product)
-        if dx is None:
+        before.append(None)
+        if in_gain is None:
+            terms.append(Term(g, Frozen(m.weight, back=True)))
             continue
-        if product is not None and in_gain is not None:
+        before[-1] = product = arena.borrow(n, m.weight.in_features, like=like)
+        products([Band(product, [Term(g, Frozen(m.weight, back=True))])], arena)
+        if dx is not None:
             scaled = product * in_gain.to(g.dtype)
             dx.add_(scaled) if add else dx.copy_(scaled)
-        else:
-            with arena.scratch():
-                w = _dense(m, g, arena)
-                dx.addmm_(g, w) if add else torch.mm(g, w, out=dx)
-        add = True
-    if dx is not None and h is not None and kept.a is not None:
-        thin_add_(dx, h, kept.a.T)
-    return Inner(h, tuple(sums), tuple(products))
+            add = True
+    if h is not None and kept.a is not None:
+        terms.insert(0, Term(h, kept.a))
+    if dx is not None and terms:
+        products([Band(dx, terms, onto=dx if add else None)], arena)
+    return Inner(h, tuple(sums), tuple(before))
 
 
 def parameter_gradients(

@@ -29,7 +29,7 @@ def rms_norm(
         y, rstd = rms_norm_reference(x, weight, eps, one_plus=one_plus)
         return (y if out is None else out.copy_(y)), rstd
     y = x.new_empty(x.shape) if out is None else out
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if not x.is_meta:
         calls.rms_norm(x, _gain(weight, torch.float32, one_plus), eps, y, rstd)
     return y, rstd

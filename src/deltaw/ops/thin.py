@@ -1,6 +1,6 @@
-"""Products with a side as thin as an adapter's rank: what LoRA adds to a map's output, and its backward.
+"""Products whose result is as thin as an adapter's rank: u = x A^T, and the backward of what LoRA adds.
 
-    g [n, cols], factor [cols, rank], u [n, rank]        h = scale g factor    sums = u^T g    y += scale u factor^T
+    g [n, cols], factor [cols, rank], u [n, rank]        h = scale g factor    sums = u^T g
 
 They are bound by memory, not by arithmetic: the compiled form (native/thin.h, bfloat16) reads each wide matrix once.
 The plain form is two products of PyTorch.
@@ -31,14 +31,6 @@ def thin_back(
     if out is not None and factor is not None:
         torch.mm(g, factor if scale == 1 else factor * scale, out=out)
     return None if u is None else (u.T @ g).to(torch.promote_types(g.dtype, torch.float32))
-
-
-def thin_add_(y: Tensor, u: Tensor, factor: Tensor, scale: float = 1.0) -> None:
-    """y [n, cols] += scale u factor^T, in place."""
-    if _native(y, u) and u.shape[1] % 2 == 0:
-        thin_calls.add(y, u, factor, scale)
-    else:
-        y.addmm_(u, factor.T, alpha=scale)
 
 
 def _native(wide: Tensor, thin: Tensor) -> bool:

@@ -125,7 +125,16 @@ def planned_model(base: Base, spec: MethodSpec) -> Model:
 
     Raises what attaching the real one raises: TargetError, AdapterError, BaseError.
     """
-    model = Model(network_of(base))  # type: ignore[arg-type]
+    return with_adapter(planned_base(base), base, spec)
+
+
+def planned_base(base: Base) -> Model:
+    """The model without an adapter, on the meta device."""
+    return Model(network_of(base))  # type: ignore[arg-type]
+
+
+def with_adapter(model: Model, base: Base, spec: MethodSpec) -> Model:
+    """`model`, which `planned_base` made, with a fresh adapter. Raises as `planned_model`."""
     sites = model.places.sites
     if base.format in QUANTISED:
         model.originals = lambda name: torch.empty(sites[name].out_features, sites[name].in_features, device="meta")

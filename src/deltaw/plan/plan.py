@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,27 +55,33 @@ class Counts:
     optimizer: int = 0
 
 
-def count(net: nn.Module, trainable: dict[str, Tensor], held: dict[str, Tensor], stored: int) -> Counts:
+def count(
+    net: nn.Module,
+    trainable: dict[str, Tensor],
+    held: dict[str, Tensor],
+    stored: int,
+    times: Callable[[str], int] = lambda _: 1,
+) -> Counts:
     """What a base and an adapter take. `net` is the base's own network on the meta device.
 
     trainable  what trains;  held: every tensor of the adapter;  stored: numbers of the adapter as it is saved
+    times      how often a tensor or a module of this name is there (in a short network that stands for a deep one)
     """
-    frozen = frozen_weights(net).values()
-    codes = sum(w.codes.nbytes for w in frozen)
-    quantised = {t.untyped_storage()._cdata for w in frozen for t in w.buffers()}
-    dense = {t.untyped_storage()._cdata: t for t in (*net.parameters(), *net.buffers())}
-    own = {p.untyped_storage()._cdata: p for p in net.parameters()}
-    trains = sum(t.numel() for t in trainable.values())
-    size = sum(t.numel() * t.element_size() for t in trainable.values())
+    frozen = frozen_weights(net)
+    codes = sum(times(n) * w.codes.nbytes for n, w in frozen.items())
+    quantised = {t.untyped_storage()._cdata for w in frozen.values() for t in w.buffers()}
+    own = {p.untyped_storage()._cdata: (n, p) for n, p in net.named_parameters()}
+    dense = own | {b.untyped_storage()._cdata: (n, b) for n, b in net.named_buffers()}
     of_base = all(t.untyped_storage()._cdata in own for t in trainable.values())
+    maps = sum(times(n) * w.in_features * w.out_features for n, w in frozen.items())
     return Counts(
-        parameters=sum(p.numel() for p in own.values()) + sum(w.in_features * w.out_features for w in frozen),
-        trainable=trains,
-        weights=sum(t.nbytes for key, t in dense.items() if key not in quantised) + codes,
-        constants=sum(w.nbytes() for w in frozen) - codes,
-        adapter=0 if of_base else sum(t.numel() * t.element_size() for t in held.values()),
+        parameters=sum(times(n) * p.numel() for n, p in own.values()) + maps,
+        trainable=sum(times(n) * t.numel() for n, t in trainable.items()),
+        weights=sum(times(n) * t.nbytes for key, (n, t) in dense.items() if key not in quantised) + codes,
+        constants=sum(times(n) * w.nbytes() for n, w in frozen.items()) - codes,
+        adapter=0 if of_base else sum(times(n) * t.nbytes for n, t in held.items()),
         stored=4 * stored,
-        gradients=size,
+        gradients=sum(times(n) * t.nbytes for n, t in trainable.items()),
     )
 
 

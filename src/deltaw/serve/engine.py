@@ -118,13 +118,14 @@ class Engine:
             raise AdapterError("An adapter needs a name.")
         read = adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter))
         resident = settle(self.model, read, allow_other_base=allow_other_base)
+        ready = self._runner.ready(resident)
         end_threads()
         with self._lock:
             self._numbers += 1
             loaded = _Loaded(f"{name}#{self._numbers}", resident)
 
         def put_in() -> None:
-            self._runner.add(str(loaded.key), resident)
+            self._runner.add(str(loaded.key), resident, ready)
             with self._lock:
                 before, self._named[name] = self._named.get(name), loaded
             self._unname(before)

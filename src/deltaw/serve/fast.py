@@ -67,13 +67,20 @@ class FastRunner:
         self._plain: dict[str, str] = {}
         self._logits = torch.empty(0, self._stepper.net.head.shape[0])
 
-    def add(self, key: str, resident: Resident) -> None:
-        """Make an adapter usable under `key`, which segments name."""
-        self._generic.add(key, resident)
+    def ready(self, resident: Resident) -> WornOf | str:
+        """The adapter as a step reads it, or why none does."""
         try:
-            self._worn[key] = _worn(self._stepper, resident)
+            return _worn(self._stepper, resident)
         except Plain as reason:
-            self._plain[key] = str(reason)
+            return str(reason)
+
+    def add(self, key: str, resident: Resident, ready: object) -> None:
+        """Make an adapter usable under `key`, which segments name. ready: what `ready` gave for it."""
+        self._generic.add(key, resident)
+        if isinstance(ready, WornOf):
+            self._worn[key] = ready
+        else:
+            self._plain[key] = str(ready)
 
     def remove(self, key: str) -> None:
         """Forget it."""

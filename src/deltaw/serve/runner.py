@@ -20,10 +20,13 @@ from deltaw.serve.pages import PAGE_TOKENS, Pages
 
 
 class Runner(Protocol):
-    """Computes steps. Everything is called in the engine's thread, adapters between steps."""
+    """Computes steps. Everything but `ready` is called in the engine's thread, adapters between steps."""
 
-    def add(self, key: str, resident: Resident) -> None:
-        """Make an adapter usable under `key`, which segments name."""
+    def ready(self, resident: Resident) -> object:
+        """What `add` needs of an adapter beside it; made in any thread, so that no step waits for it."""
+
+    def add(self, key: str, resident: Resident, ready: object) -> None:
+        """Make an adapter usable under `key`, which segments name. ready: what `ready` gave for it."""
 
     def remove(self, key: str) -> None:
         """Forget it; no step will name it again."""
@@ -40,7 +43,11 @@ class GenericRunner:
         self._pages = pages
         self._residents: dict[str, Resident] = {}
 
-    def add(self, key: str, resident: Resident) -> None:
+    def ready(self, resident: Resident) -> object:
+        """Nothing."""
+        return None
+
+    def add(self, key: str, resident: Resident, ready: object = None) -> None:
         """Make an adapter usable under `key`, which segments name."""
         self._residents[key] = resident
         resident.put_in(self._model, key)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import SpecError
+from deltaw.ops.likeliest import likeliest
 from deltaw.serve.grammar import Matcher
 from deltaw.serve.types import Sampling
 
@@ -128,8 +129,8 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
     Log probabilities are those of the model: before penalties, grammar and temperature, as vLLM reports them.
     """
     logits = logits.float()
-    best, likeliest = logits.max(-1)
-    fine, tokens = torch.isfinite(best).tolist(), likeliest.tolist()
+    best, places = likeliest(logits)
+    fine, tokens = torch.isfinite(best).tolist(), places.tolist()
     before = {
         r: logits[r].log_softmax(-1) for r, c in enumerate(choosers) if fine[r] and c.sampling.logprobs is not None
     }

@@ -44,8 +44,9 @@ class Lease:
     def hold(self, adapter_id: str) -> None:
         """Keep an adapter from gc. Call it under the registry's lock."""
         if adapter_id not in self._ids:
+            with self._file.open("a") as file:
+                file.write(f"{adapter_id}\n")
             self._ids.add(adapter_id)
-            self._file.write_text("".join(f"{i}\n" for i in sorted(self._ids)))
 
     def end(self) -> None:
         """Use nothing any more. At the process's end this happens by itself; a killed process's lease ends too."""

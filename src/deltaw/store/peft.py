@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter, Replacement
+from deltaw.core.checkpoint_files import read_header
 from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.core.site import LinearSite, Site, plain_site, site_from
 from deltaw.core.spec import MethodSpec
@@ -252,11 +253,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 f"Save it as {TENSORS} with PEFT (safe_serialization=True)."
             )
         raise AdapterError(f"{folder} has no {TENSORS}.")
-    try:
-        return load_file(path)
+    try:  # by bytes: safetensors 0.8's safe_open, behind load_file, keeps two integers of every tensor for ever
+        found = load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise AdapterError(f"{path} ({size} bytes) is truncated or no safetensors file: {error}") from None
+    order = read_header(path)  # `load` gives tensors in no order
+    return {name: found[name] for name in sorted(found, key=lambda name: (order[name][2:], name))}
 
 
 def _spec(config: dict[str, Any], ours: dict[str, Any] | None) -> MethodSpec:

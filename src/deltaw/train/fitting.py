@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deltaw.data.needed import common_rows
 from deltaw.data.source import read_rows
 from deltaw.data.task import given_labels
 from deltaw.data.template import Example, encode_all
@@ -125,7 +126,8 @@ def work_of(recipe: Recipe, examples: Sequence[Example], valid: Sequence[Example
         if pack and sum(n for n, _ in pack) + len(e.input_ids) > EVALUATED_TOKENS:
             break
         pack.append((len(e.input_ids), e.n_targets))
-    return Work([(len(examples[i].input_ids), examples[i].n_targets) for i in heaviest], pack)
+    step = [examples[i] for i in heaviest]
+    return Work([(len(e.input_ids), e.n_targets) for e in step], pack, common_rows(step))
 
 
 def work_of_rows(recipe: Recipe) -> Work | None:
@@ -133,6 +135,12 @@ def work_of_rows(recipe: Recipe) -> Work | None:
 
     Raises DataError, BaseError as training would.
     """
+    rows = encoded_rows(recipe)
+    return None if rows is None else work_of(recipe, *rows)
+
+
+def encoded_rows(recipe: Recipe) -> tuple[list[Example], list[Example]] | None:
+    """The recipe's own rows to train on and to evaluate, as tokens; None, and raises, as `work_of_rows`."""
     folder = find_config(recipe.base.path)[1]
     if folder is None or recipe.data.train is None or not Path(recipe.data.train).is_file():
         return None
@@ -142,7 +150,7 @@ def work_of_rows(recipe: Recipe) -> Work | None:
     def encoded(path: str) -> list[Example]:
         return encode_all(read_rows(path), tokenizer, recipe.data, task).examples
 
-    return work_of(recipe, encoded(recipe.data.train), encoded(recipe.data.valid) if recipe.data.valid else ())
+    return encoded(recipe.data.train), encoded(recipe.data.valid) if recipe.data.valid else []
 
 
 def chosen_before(out: Path, recipe: Recipe) -> Recipe | None:

@@ -41,6 +41,7 @@ def measured(planner: Planner, recipe: Recipe, steps: int = STEPS) -> dict[str, 
     request = {
         "recipe": plain | {"base": plain["base"] | {"path": path}, "budget": None},
         "documents": list(planner.work.step),
+        "common": planner.work.common,
         "steps": steps,
         "threads": torch.get_num_threads(),
     }
@@ -65,7 +66,7 @@ def compared(plan: Plan, found: dict[str, int]) -> dict[str, dict[str, float]]:
     return {k: {"planned": p, "measured": m, "error": round((p - m) / m, 4)} for k, (p, m) in pairs.items() if m > 0}
 
 
-def run_steps(recipe: Recipe, documents: Documents, steps: int) -> dict[str, int]:
+def run_steps(recipe: Recipe, documents: Documents, common: int, steps: int) -> dict[str, int]:
     """Load, attach and step in this process. Raises BaseError where memory cannot be read."""
     from deltaw.train import run  # noqa: F401  (what a run has imported counts)
     from deltaw.train.loop import Loop
@@ -81,7 +82,7 @@ def run_steps(recipe: Recipe, documents: Documents, steps: int) -> dict[str, int
     forget_peak()
     model.attach(recipe.adapter, seed=0)
     vocabulary = model.net.config.get_text_config().vocab_size
-    examples = _random(documents, vocabulary, len(model.task.labels))
+    examples = _random(documents, common, vocabulary, len(model.task.labels))
     loop = Loop(model, examples, recipe, None)
     for _ in loop.run():
         pass
@@ -97,11 +98,13 @@ def run_steps(recipe: Recipe, documents: Documents, steps: int) -> dict[str, int
     }
 
 
-def _random(documents: Documents, vocabulary: int, n_labels: int) -> list[Example]:
+def _random(documents: Documents, common: int, vocabulary: int, n_labels: int) -> list[Example]:
     rng = torch.Generator().manual_seed(0)
+    begin = torch.randint(vocabulary, (common,), generator=rng)
     made = []
     for n, t in documents:
         ids = torch.randint(vocabulary, (n,), generator=rng)
+        ids[:common] = begin[:n]
         if n_labels:
             ids[-1] %= n_labels
         made.append(Example(tuple(ids.tolist()), tuple(i >= n - t for i in range(n)), ""))
@@ -115,7 +118,7 @@ def _main() -> None:
     documents = [(int(n), int(t)) for n, t in request["documents"]]
     tokens = sum(n for n, _ in documents)
     plain["train"] |= {"steps": request["steps"], "tokens_per_step": tokens, "epochs": 1}
-    print(json.dumps(run_steps(load_recipe(plain), documents, request["steps"])))
+    print(json.dumps(run_steps(load_recipe(plain), documents, request["common"], request["steps"])))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from deltaw.train.optim.pages import Shape
 from deltaw.train.optim.settings import OptimizerSpec
 from deltaw.train.recipe import TrainSpec
 
+HELD = 0.6
+"""Share of the steps, warm-up included, after which the learning rate of schedule hold falls."""
+
 
 def make_optimizer(
     parameters: dict[str, Tensor], spec: TrainSpec, folder: Path | None = None, sites: Iterable[LinearSite] = ()
@@ -101,15 +104,18 @@ def _targets(shapes: Mapping[str, Shape], o: OptimizerSpec, sites: list[LinearSi
 def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
     """The learning rate of optimizer step `step`, counted from 0, of `n_steps`.
 
-    Warm-up is linear over warmup_ratio * n_steps steps and reaches `lr` at its last; then the schedule.
+    Warm-up is linear over warmup_ratio * n_steps steps and reaches `lr` at its last; then the schedule. `hold` stays
+    there for a while, and is linear afterwards (arXiv:2405.18392).
     """
-    assert spec.lr is not None  # a recipe fills it in
+    assert spec.lr is not None  # a recipe fills both in
+    assert spec.schedule is not None
     warm = math.ceil(round(spec.warmup_ratio * n_steps, 9))  # 0.07 * 100 is a little more than 7
     if step < warm:
         return spec.lr * (step + 1) / warm
     if spec.schedule == "constant":
         return spec.lr
-    done = (step - warm) / max(1, n_steps - warm)
+    falls = max(warm, HELD * n_steps) if spec.schedule == "hold" else warm  # the step at which it begins to fall
+    done = max(0.0, step - falls) / max(1, n_steps - falls)
     left = 0.5 * (1 + math.cos(math.pi * done)) if spec.schedule == "cosine" else 1 - done
     return spec.lr * (spec.final_lr_ratio + (1 - spec.final_lr_ratio) * left)
 

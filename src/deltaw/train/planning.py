@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -22,10 +23,12 @@ from deltaw.model.limits import max_positions, positions_of
 from deltaw.model.model import Model
 from deltaw.model.quantised import Format, saved_format
 from deltaw.plan.memory import resident_bytes
-from deltaw.plan.network import Base, find_config, planned_model
+from deltaw.plan.network import Base, find_config, planned_base, planned_model, with_adapter
 from deltaw.plan.plan import Counts, Plan, count
+from deltaw.plan.repeat import Unlike, repeated
 from deltaw.plan.rules import rules_of_thumb
-from deltaw.plan.trace import traced
+from deltaw.plan.short import Short, is_alike, shortened
+from deltaw.plan.trace import Timeline, traced
 from deltaw.train.loss import find_loss
 from deltaw.train.optimizer import plan_optimizer
 from deltaw.train.recipe import Recipe, TrainSpec
@@ -37,27 +40,26 @@ LOADING_BYTES = 62_000_000
 Measured: 55 to 66 MB (docs/planner.md)."""
 IMPORTS_BYTES = 358_000_000
 """Resident memory of Python, torch and transformers where it cannot be read."""
-BESIDE_SHARE = {"float32": 0.08, "bfloat16": 0.2, "float16": 0.2, "float64": 0.08}
-"""What kernels take beside the tensors that PyTorch sees (oneDNN's copies and accumulators), over the live bytes of a
-step; by the dtype that is computed in. Measured on this project's machine (docs/planner.md)."""
+KERNEL_BYTES = 25_000_000
+"""What a run's first steps take beside tensors: the libraries' code that is used for the first time, oneDNN's compiled
+kernels, Python's objects. Measured: 15 to 35 MB (docs/planner.md)."""
 
-BESIDE_FUSED = 80_000_000
-"""The same where blocks are fused, whatever the step. Measured: 60 to 110 MB."""
-
-AGAIN_BYTES = 150_000_000
-"""What the heap keeps of blocks that are computed again, beyond its model, at most half of what is alive.
-Measured: 0 to 300 MB (docs/planner.md)."""
-
+_T = TypeVar("_T")
+Key = tuple[Any, ...]
 Documents = Sequence[tuple[int, int]]
 """(tokens, target tokens) of each document of one optimizer step."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: documents of a step, and of the largest pack of an evaluation (none: no evaluation)."""
+    """What is computed: documents of a step, and of the largest pack of an evaluation (none: no evaluation).
+
+    common   the tokens that all documents of the step begin with: computed once where blocks are fused (`data.needed`)
+    """
 
     step: Documents
     evaluation: Documents = ()
+    common: int = 0
 
     @classmethod
     def of_rows(cls, batch: int, length: int, learned: float = 1.0) -> Work:
@@ -66,22 +68,64 @@ class Work:
         return cls([(length, targets)] * batch)
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A model on the meta device, and what it takes; `short`: how it stands for a deeper one, None: it does not."""
+
+    model: Model
+    counts: Counts
+    short: Short | None = None
+
+    def known(self) -> dict[str, Tensor]:
+        """The tensors that are there before a step, by name."""
+        net = self.model.net
+        return {**dict(net.named_parameters()), **dict(net.named_buffers()), **self.model.trainable()}
+
+
+class Kept:
+    """What planners have made, for one thread at a time: a few models without memory, and the bytes of many traces."""
+
+    def __init__(self, models: int = 12, traces: int = 1024) -> None:
+        self.models: OrderedDict[Key, _Planned] = OrderedDict()
+        self.traces: OrderedDict[Key, dict[str, int]] = OrderedDict()
+        self.optimizers: OrderedDict[Key, int] = OrderedDict()
+        self._most = {id(self.models): models, id(self.traces): traces, id(self.optimizers): traces}
+
+    def keep(self, where: OrderedDict[Key, _T], key: Key, value: _T) -> _T:
+        """`value`, from now on under `key` in one of the three; the oldest goes where there are too many."""
+        where[key] = value
+        where.move_to_end(key)
+        if len(where) > self._most[id(where)]:
+            where.popitem(last=False)
+        return value
+
+
 class Planner:
     """Plans one recipe's base and method; traces are kept, so that many settings are cheap to compare.
 
     imports   bytes of Python and its libraries in the process that will train; None: what this process has now
+    kept      what other planners have made, which this one goes on with; None: nothing
+    whole     trace every block. Else a network whose blocks are alike is traced on a few of them (plan/short.py), and
+              what they do is repeated: the plan is the same
     """
 
-    def __init__(self, recipe: Recipe, work: Work, imports: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        work: Work,
+        imports: int | None = None,
+        *,
+        kept: Kept | None = None,
+        whole: bool = False,
+    ) -> None:
         self.recipe = recipe
         self.work = work
         self.config, self.folder = find_config(recipe.base.path)
         if wants_labels(self.config) or recipe.data.labels is not None:  # a text has one label behind it
-            self.work = Work([(n if t == 1 else n + 1, 1) for n, t in work.step], work.evaluation)
+            self.work = replace(work, step=[(n if t == 1 else n + 1, 1) for n, t in work.step])
         self.runtime = (imports or resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
-        self._models: dict[Base, tuple[Model, Counts]] = {}
-        self._traces: dict[tuple[Any, ...], dict[str, int]] = {}
-        self._optimizers: dict[tuple[Any, ...], int] = {}
+        self._whole = whole
+        self._kept = Kept() if kept is None else kept
 
     def base_of(self, recipe: Recipe) -> Base:
         """The base as the recipe keeps it; a base saved in 4 bits is kept as it is."""
@@ -106,41 +150,65 @@ class Planner:
         """
         recipe = self.recipe if recipe is None else recipe
         base = self.base_of(recipe)
-        model, counts = self._model(base, recipe)
-        counts = replace(counts, optimizer=self._optimizer(base, model, recipe.train))
+        planned = self._made(base, recipe)
+        self._check_length(planned.model)
+        counts = replace(planned.counts, optimizer=self._optimizer(base, planned, recipe))
         kept = {"weights": counts.weights, "constants": counts.constants, "runtime": self.runtime}
         attached = kept | {"adapter": counts.adapter, "optimizer": counts.optimizer}
         moments = {
-            "load": kept | self._while_loading(base, counts),
+            "load": kept | self._while_loading(base, planned),
             "loaded": kept,
-            "step": attached | self._step(base, model, recipe.train),
+            "step": attached | self._step(base, recipe),
             "update": attached | {"gradients": counts.gradients},
         }
         if self.work.evaluation:
-            moments["evaluation"] = attached | self._evaluation(base, model, recipe.train)
+            moments["evaluation"] = attached | self._evaluation(base, recipe)
         return Plan(recipe.base.path, counts, moments, self._settings(base, recipe), rules=rules_of_thumb(counts))
 
-    def _optimizer(self, base: Base, model: Model, train: TrainSpec) -> int:
-        key = base, train.optimizer, train.threads
-        if key not in self._optimizers:
-            self._optimizers[key] = optimizer_bytes(model.trainable(), train, model.places.sites.values())
-        return self._optimizers[key]
+    def _key(self, base: Base, recipe: Recipe) -> Key:
+        return base, recipe.adapter.model_dump_json(), self._whole
 
-    def _model(self, base: Base, recipe: Recipe) -> tuple[Model, Counts]:
-        if base not in self._models:
-            if recipe.adapter.trains_base and base.format != "dense":
-                raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
-            model = planned_model(base, recipe.adapter)
-            limit = max_positions(model.net)
-            longest = max(positions_of(model.net, n, t) for n, t in self.work.step)
-            if limit is not None and longest + model.n_before > limit:
-                beside = f" beside {model.n_before} virtual tokens" if model.n_before else ""
-                raise BaseError(
-                    f"rows of {longest} tokens, and this base has {limit} positions{beside}: "
-                    f"use {limit - model.n_before} or fewer."
-                )
-            self._models[base] = model, count(model.net, model.trainable(), *held_and_stored(model))
-        return self._models[base]
+    def _optimizer(self, base: Base, planned: _Planned, recipe: Recipe) -> int:
+        train = recipe.train
+        key = *self._key(base, recipe), train.optimizer.model_dump_json(), train.threads
+        if (found := self._kept.optimizers.get(key)) is not None:
+            return found
+        parameters, sites = planned.model.trainable(), planned.model.places.sites
+        if planned.short is not None:
+            parameters = planned.short.whole(parameters)
+            sites = planned.short.sites(sites) if train.optimizer.name == "galore" else {}  # nobody else asks for them
+        return self._kept.keep(self._kept.optimizers, key, optimizer_bytes(parameters, train, sites.values()))
+
+    def _made(self, base: Base, recipe: Recipe) -> _Planned:
+        if (found := self._kept.models.get(self._key(base, recipe))) is not None:
+            return found
+        if recipe.adapter.trains_base and base.format != "dense":
+            raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
+        short = (
+            None if self._whole else shortened(base.config, base.labels, low=2 if recipe.adapter.sits == "block" else 1)
+        )
+        bare = short and planned_base(replace(base, config=_Hashed(short.config)))
+        if short is None or bare is None or not is_alike(short, recipe.adapter, bare):
+            return self._make_whole(base, recipe)
+        model = with_adapter(bare, base, recipe.adapter)
+        model.run.blocks = short.blocks
+        counts = count(model.net, model.trainable(), *held_and_stored(model, short.times), short.times)
+        return self._kept.keep(self._kept.models, self._key(base, recipe), _Planned(model, counts, short))
+
+    def _make_whole(self, base: Base, recipe: Recipe) -> _Planned:
+        model = planned_model(base, recipe.adapter)
+        made = _Planned(model, count(model.net, model.trainable(), *held_and_stored(model)))
+        return self._kept.keep(self._kept.models, self._key(base, recipe), made)
+
+    def _check_length(self, model: Model) -> None:
+        limit = max_positions(model.net)
+        longest = max(positions_of(model.net, n, t) for n, t in self.work.step)
+        if limit is not None and longest + model.n_before > limit:
+            beside = f" beside {model.n_before} virtual tokens" if model.n_before else ""
+            raise BaseError(
+                f"rows of {longest} tokens, and this base has {limit} positions{beside}: "
+                f"use {limit - model.n_before} or fewer."
+            )
 
     def micro_batches(self, train: TrainSpec) -> list[list[tuple[int, int]]]:
         """The step's micro-batches: all, or where there are more than two the heaviest twice (gradients add up)."""
@@ -154,47 +222,67 @@ class Planner:
         heaviest = max(micros, key=lambda m: (sum(n for n, _ in m), sum(n * n for n, _ in m), sum(t for _, t in m)))
         return [heaviest, heaviest]
 
-    def _step(self, base: Base, model: Model, train: TrainSpec) -> dict[str, int]:
+    def _step(self, base: Base, recipe: Recipe) -> dict[str, int]:
+        train = recipe.train
         micros = self.micro_batches(train)
         loss = find_loss(train.loss)
 
-        def work() -> None:
+        def work(model: Model) -> None:
             for documents in micros:
-                step_gradient(model, _examples(documents), loss, checkpointing=train.checkpointing, seed=1)
+                step_gradient(
+                    model, _examples(documents, self.work.common), loss, checkpointing=train.checkpointing, seed=1
+                )
 
-        found = self._traced(("step", base, str(micros), train.checkpointing, train.loss), model, work)
-        if not train.checkpointing or model.why_plain() is None:
-            return found
-        live = sum(size for cause, size in found.items() if cause != "allocator")
-        return found | {"allocator": found["allocator"] + min(AGAIN_BYTES, live // 2)}
+        what = ("step", str(micros), self.work.common, train.checkpointing, train.loss)
+        return self._traced(what, base, recipe, work)
 
-    def _evaluation(self, base: Base, model: Model, train: TrainSpec) -> dict[str, int]:
-        loss = find_loss(train.loss)
+    def _evaluation(self, base: Base, recipe: Recipe) -> dict[str, int]:
+        loss = find_loss(recipe.train.loss)
 
-        def work() -> None:
+        def work(model: Model) -> None:
             mean_loss(model, _examples(self.work.evaluation), loss, EVALUATED_TOKENS)
 
-        return self._traced(("evaluation", base, train.loss), model, work)
+        return self._traced(("evaluation", str(self.work.evaluation), recipe.train.loss), base, recipe, work)
 
-    def _traced(self, key: tuple[Any, ...], model: Model, work: Any) -> dict[str, int]:
-        if key not in self._traces:
-            parameters = list(model.trainable().values())
-            known = [*model.net.parameters(), *model.net.buffers(), *parameters]
-            wide = model.net.config.get_text_config().vocab_size
-            timeline = traced(work, known, parameters, wide)
-            found = timeline.peak()
+    def _traced(self, what: Key, base: Base, recipe: Recipe, work: Callable[[Model], None]) -> dict[str, int]:
+        key = *self._key(base, recipe), *what
+        if (known := self._kept.traces.get(key)) is not None:
+            return known
+        timeline = self._timeline(base, recipe, work)
+        found = timeline.peak()
+        beside = max(0, timeline.arena() + timeline.held() - sum(found.values())) + KERNEL_BYTES
+        return self._kept.keep(self._kept.traces, key, found | {"allocator": beside})
+
+    def _timeline(self, base: Base, recipe: Recipe, work: Callable[[Model], None]) -> Timeline:
+        """What `work` allocates and frees: of the short network, repeated, or of the deep one where that cannot be."""
+        planned = self._made(base, recipe)
+        model, short = planned.model, planned.short
+        parameters = list(model.trainable().values())
+        known = planned.known()
+        wide = model.net.config.get_text_config().vocab_size
+        try:
+            line = traced(
+                lambda: work(model),
+                known.values(),
+                parameters,
+                wide,
+                None if short is None else short.parts(known),
+                model.arena,
+            )
+        finally:
             for tensor in parameters:
                 tensor.grad = None
-            live = sum(found.values())
-            if model.why_plain() is None:  # an arena has no holes
-                beside = BESIDE_FUSED
-            else:
-                share = BESIDE_SHARE[str(model.net.dtype).removeprefix("torch.")]
-                beside = max(0, timeline.held() - live) + round(share * live)
-            self._traces[key] = found | {"allocator": beside}
-        return self._traces[key]
+        if short is None:
+            return line
+        try:
+            whole = repeated(line, short.units, short.low)
+            whole.lent, whole.unseen = line.lent, line.unseen  # as much in every unit
+            return whole
+        except Unlike:
+            self._make_whole(base, recipe)
+            return self._timeline(base, recipe, work)
 
-    def _while_loading(self, base: Base, counts: Counts) -> dict[str, int]:
+    def _while_loading(self, base: Base, planned: _Planned) -> dict[str, int]:
         """Pages of the checkpoint's files, and temporaries. Weights in the file's dtype stay in the file's pages."""
         if base.folder is None:
             return {}
@@ -202,8 +290,8 @@ class Planner:
             size = sum(f.stat().st_size for f in checkpoint_files(base.folder))
         except BaseError:
             return {}
-        dense = base.format == "dense" and math.isclose(size, counts.weights, rel_tol=0.02)
-        largest = self._models[base][0].net.get_input_embeddings().weight
+        dense = base.format == "dense" and math.isclose(size, planned.counts.weights, rel_tol=0.02)
+        largest = planned.model.net.get_input_embeddings().weight
         checked = largest.numel() * (largest.element_size() + 2)  # `isfinite` of the largest tensor
         return {"workspace": checked} if dense else {"file": size}
 
@@ -234,20 +322,24 @@ class _Hashed(dict[str, Any]):
         return 0
 
 
-def held_and_stored(model: Model) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a planned adapter, and how many numbers its file would hold."""
+def held_and_stored(model: Model, times: Callable[[str], int] = lambda _: 1) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a planned adapter, and how many numbers its file would hold. times: as `count` takes it."""
     held = {k: t for made in model.adapters.values() for k, t in made.tensors().items()}
     made = next(iter(model.adapters.values()))
     if made.spec.trains_base:
-        return held, sum(p.numel() for p in model.net.parameters())
+        return held, sum(times(n) * p.numel() for n, p in model.net.named_parameters())
     settled = made.spec.settled(Made(made.spec, made.sites, made.shared), made.places)
-    kept = [t for params in settled.sites.values() for t in params.values()] + list(settled.shared.values())
-    kept += [*made.swaps.values(), *(value for _, value in made.rows.values())]
-    return held, sum(t.numel() for t in kept)
+    kept = [(n, t) for n, params in settled.sites.items() for t in params.values()]
+    kept += [*(("", t) for t in settled.shared.values()), *made.swaps.items()]
+    kept += [("", value) for _, value in made.rows.values()]
+    return held, sum(times(n) * t.numel() for n, t in kept)
 
 
-def _examples(documents: Documents) -> list[Example]:
-    return [Example((0,) * n, tuple(i >= n - t for i in range(n)), "planned") for n, t in documents]
+def _examples(documents: Documents, common: int = 0) -> list[Example]:
+    """Documents that begin with the same `common` tokens and are unlike behind them."""
+    ids = [(0,) * min(common, n) + (doc,) * (n - common) for doc, (n, _) in enumerate(documents, 1)]
+    flags = [tuple(i >= n - t for i in range(n)) for n, t in documents]
+    return [Example(*tokens, "planned") for tokens in zip(ids, flags, strict=True)]
 
 
 def optimizer_bytes(parameters: dict[str, Tensor], train: TrainSpec, sites: Iterable[LinearSite] = ()) -> int:

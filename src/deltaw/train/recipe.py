@@ -58,7 +58,8 @@ class TrainSpec(BaseModel):
     tokens_per_step   tokens of one optimizer step; documents are packed up to it, none is split
     micro_tokens      tokens computed at a time (bounds memory, does not change the result); None: all at once
     lr                highest learning rate; None: what suits the method (docs/methods)
-    schedule          of the learning rate after warm-up: cosine or linear to `final_lr_ratio`, or constant
+    schedule          of the learning rate after warm-up: cosine or linear to `final_lr_ratio`, hold (linear, after 60 %
+                      of the steps), or constant; None: what suits the method
     warmup_ratio      share of the steps in which the learning rate rises from 0
     final_lr_ratio    last learning rate over `lr`
     clip              largest norm of the whole gradient; 0 switches it off
@@ -78,7 +79,7 @@ class TrainSpec(BaseModel):
     tokens_per_step: int = 2048
     micro_tokens: int | None = None
     lr: float | None = None
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "hold", "constant"] | None = None
     warmup_ratio: float = 0.03
     final_lr_ratio: float = 0.0
     clip: float = 1.0
@@ -204,10 +205,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _learning_rate_suits_the_method(self) -> Recipe:
-        if self.train.lr is None:
-            lr = RATES.get(self.train.optimizer.name, self.adapter.rate)
-            train = self.train.model_copy(update={"lr": lr})
-            object.__setattr__(self, "train", train)
+        suits = {"lr": RATES.get(self.train.optimizer.name, self.adapter.rate), "schedule": self.adapter.schedule}
+        if left := {key: value for key, value in suits.items() if getattr(self.train, key) is None}:
+            object.__setattr__(self, "train", self.train.model_copy(update=left))
         return self
 
     @model_validator(mode="after")

@@ -12,8 +12,9 @@
 //
 // Scores exist for TILE queries at a time, against KEYS keys. The forward keeps a running maximum and sum (Milakov and
 // Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135), the backward computes P again from lse. What lies beyond
-// the diagonal is left out, a group of TILE queries at a time. Sums are taken in an order that depends on the document
-// alone. Included by kernels.h, whose V, F and W these are.
+// the diagonal is left out, a group of TILE queries at a time. Sums are taken in an order that depends on the documents
+// alone. A document with a front is computed as the two together, of which only the queries behind the front are its own.
+// Included by kernels.h, whose V, F and W these are.
 #pragma once
 #include <math.h>
 
@@ -33,7 +34,6 @@ constexpr double LN2 = 0.693147180559945309;
 constexpr float LEAST = -3e38f;  // a maximum before the first score
 constexpr float STALE = 8;       // powers of two
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Units ---------------------------------------------------------------------------------------------------------------
 
@@ -109,19 +109,25 @@ inline void multiply_wide(const typename Op::T* a, int64_t stride, const typenam
 
 // What a routine needs of a document and a head
 struct Place {
-    int64_t start, length, padded;  // the document's tokens; their number up to a multiple of 16
+    int64_t front;                  // rows of its front, which are its first
+    int64_t front_start, start;     // where row 0 lies, and where it would lie if those behind the front went on to it
+    int64_t length, padded;         // rows; their number up to a multiple of 16
     int64_t dim, wide;              // features of a head, up to a multiple of 16
+    int64_t token(int64_t row) const { return (row < front ? front_start : start) + row; }
 };
 
 inline Place place_of(const Attention& t, int64_t doc) {
-    const int64_t start = t.bounds[doc], length = t.bounds[doc + 1] - start;
-    return {start, length, up(length, 16), t.dim, up(t.dim, 16)};
+    const int64_t start = t.bounds[doc], own = t.bounds[doc + 1] - start;
+    const int64_t before = t.fronts ? t.fronts[doc] : -1;
+    const int64_t front_start = before < 0 ? 0 : t.bounds[before];
+    const int64_t front = before < 0 ? 0 : t.bounds[before + 1] - front_start;
+    return {front, front_start, start - front, front + own, up(front + own, 16), t.dim, up(t.dim, 16)};
 }
 
 // A row that is read soon: they lie too far from each other for the processor to guess
 template <class D>
 inline void fetch(const Rows& x, const Place& at, int64_t head, int64_t row) {
-    const auto* p = (const typename D::T*)x.at + (at.start + row) * x.token + head * x.head;
+    const auto* p = (const typename D::T*)x.at + at.token(row) * x.token + head * x.head;
     for (int64_t d = 0; d < at.dim * int64_t(sizeof(*p)); d += 64) V::prefetch((const uint8_t*)p + d);
 }
 
@@ -133,7 +139,7 @@ inline void copy_rows(const Rows& x, const Place& at, int64_t head, int64_t firs
     for (int64_t i = 0; i < n; ++i, out += at.wide) {
         fetch<D>(x, at, head, first + i + AHEAD_ROWS);
         if (at.dim != at.wide) memset(out, 0, at.wide * sizeof(T));
-        const int64_t from = (at.start + first + i) * x.token + head * x.head;
+        const int64_t from = at.token(first + i) * x.token + head * x.head;
         if constexpr (sizeof(T) == sizeof(typename D::T)) {
             const T* p = (const T*)x.at + from;
             int64_t d = 0;
@@ -172,7 +178,7 @@ inline void pack(const Rows& x, const Place& at, int64_t head, typename Op::T* t
     }
 }
 
-// n rows of floats into a head of x
+// n rows of floats, none of them of a front, into a head of x
 template <class D>
 inline void write_rows(const Rows& x, const Place& at, int64_t head, int64_t first, int64_t n, const float* values) {
     for (int64_t i = 0; i < n; ++i)
@@ -299,7 +305,7 @@ inline void attend_queries(const Attention& t, const Place& at, int64_t head, in
                                     at.wide / Op::DEPTH, f.scores + span.first, FORWARD_KEYS, span.last - span.first,
                                     false);
             soften(t, at, i, j, span, f, f.top + r, f.sum + r, out);
-            const int64_t last = least(least(span.last, i + TILE - j), end - j);
+            const int64_t last = least(least(span.last, up(i + TILE - j, Op::DEPTH)), end - j);
             multiply_wide<Op, true>(f.probs + span.first, FORWARD_KEYS, f.values + (j + span.first) * at.wide,
                                     at.wide * Op::DEPTH, (last - span.first) / Op::DEPTH, out, at.wide, at.wide, true);
         }
@@ -323,7 +329,7 @@ void attend_as(const Attention& t, const Heads& part, void* scratch) {
             pack<Op, D>(t.k, at, h / group, f.keys, nullptr, FORWARD_KEYS);
             pack<Op, D>(t.v, at, h / group, nullptr, f.values, FORWARD_KEYS);
         }
-        for (int64_t i = 0; i < at.length; i += QUERIES) attend_queries<Op, D>(t, at, h, i, f);
+        for (int64_t i = at.front; i < at.length; i += QUERIES) attend_queries<Op, D>(t, at, h, i, f);
     }
 }
 
@@ -392,7 +398,8 @@ inline void constants(const Attention& t, const Place& at, int64_t head, int64_t
     }
 }
 
-// What QUERIES queries from i0 on give to dk and dv [padded, wide], and their dq
+// What QUERIES queries from i0 on give to dk and dv [padded, wide], and their dq. The first that sees a key begins its
+// sum with a store; behind a front, where queries and keys are cut differently, all sums begin as zeros.
 template <class Op, class D>
 inline void attend_queries_backward(const Attention& t, const Place& at, int64_t head, int64_t i0, Backward<Op>& b,
                                     float* dk, float* dv) {
@@ -425,9 +432,9 @@ inline void attend_queries_backward(const Attention& t, const Place& at, int64_t
             if (first >= last) continue;
             const int64_t from = first * KEYS + c * DEPTH;
             multiply_wide<Op, false>(b.probs + from, KEYS * DEPTH, b.grad_rows + first * wide, wide * DEPTH,
-                                     (last - first) / DEPTH, dv + (j + c) * wide, wide, wide, j + c < i0);
+                                     (last - first) / DEPTH, dv + (j + c) * wide, wide, wide, at.front || j + c < i0);
             multiply_wide<Op, false>(b.slopes + from, KEYS * DEPTH, b.query_rows + first * wide, wide * DEPTH,
-                                     (last - first) / DEPTH, dk + (j + c) * wide, wide, wide, j + c < i0);
+                                     (last - first) / DEPTH, dk + (j + c) * wide, wide, wide, at.front || j + c < i0);
         }
     }
     write_rows<D>(t.dq, at, head, i0, n, b.dq);
@@ -439,8 +446,9 @@ inline void add(float* sum, const float* more, int64_t n) {
 
 template <class D>
 inline void write_keys(const Attention& t, const Place& at, int64_t shared, const float* sums) {
-    write_rows<D>(t.dk, at, shared, 0, at.length, sums);
-    write_rows<D>(t.dv, at, shared, 0, at.length, sums + at.padded * at.wide);
+    const int64_t own = at.length - at.front;
+    write_rows<D>(t.dk, at, shared, at.front, own, sums + at.front * at.wide);
+    write_rows<D>(t.dv, at, shared, at.front, own, sums + (at.padded + at.front) * at.wide);
 }
 
 // Each head's dk and dv are summed on their own and then added, head after head: what one thread does for all heads of
@@ -451,23 +459,28 @@ void attend_backward_as(const Attention& t, const Heads& part, float* sums, void
     const int64_t group = t.heads / t.shared, shared = part.first / group, n = at.padded * at.wide;
     Room room = {(char*)scratch};
     Backward<Op> b(room, at.padded, at.wide);
+    float* all = sums && !at.front ? sums : b.dk;
     pack<Op, D>(t.k, at, shared, b.keys, b.key_rows, KEYS);
     pack<Op, D>(t.v, at, shared, b.values, nullptr, KEYS);
     for (int64_t h = part.first; h < part.last; ++h) {
-        float* own = sums ? sums : h == part.first ? b.dk : b.more;
-        for (int64_t i = 0; i < at.length; i += QUERIES)
+        float* own = h == part.first ? all : b.more;
+        if (at.front) memset(own, 0, 2 * n * sizeof(float));
+        for (int64_t i = at.front; i < at.length; i += QUERIES)
             attend_queries_backward<Op, D>(t, at, h, i, b, own, own + n);
-        if (own == b.more) add(b.dk, b.more, 2 * n);
+        if (own == b.more) add(all, b.more, 2 * n);
     }
-    if (!sums) write_keys<D>(t, at, shared, b.dk);
+    if (all == b.dk) write_keys<D>(t, at, shared, all);
+    if (!at.front) return;
+    add(sums, all, at.front * at.wide);
+    add(sums + up(at.front, 16) * at.wide, all + n, at.front * at.wide);
 }
 
-// dk and dv of a key-value head from those of its group's heads, one after the other in `sums`
+// dk and dv of a key-value head from n sums that lie one after the other
 template <class D>
-void attention_gather_as(const Attention& t, int64_t doc, int64_t shared, float* sums) {
+void attention_gather_as(const Attention& t, int64_t doc, int64_t shared, float* sums, int64_t n) {
     const Place at = place_of(t, doc);
-    const int64_t n = 2 * at.padded * at.wide;
-    for (int64_t h = 1; h < t.heads / t.shared; ++h) add(sums, sums + h * n, n);
+    const int64_t size = 2 * at.padded * at.wide;
+    for (int64_t k = 1; k < n; ++k) add(sums, sums + k * size, size);
     write_keys<D>(t, at, shared, sums);
 }
 
@@ -497,9 +510,9 @@ void attend_backward(const Attention& t, const Heads& part, float* sums, void* s
     if (t.dtype == BF16) attend_backward_as<Half, BFloat16>(t, part, sums, scratch);
 }
 
-void attention_gather(const Attention& t, int64_t doc, int64_t shared, float* sums) {
-    if (t.dtype == F32) attention_gather_as<Float32>(t, doc, shared, sums);
-    if (t.dtype == BF16) attention_gather_as<BFloat16>(t, doc, shared, sums);
+void attention_gather(const Attention& t, int64_t doc, int64_t shared, float* sums, int64_t n) {
+    if (t.dtype == F32) attention_gather_as<Float32>(t, doc, shared, sums, n);
+    if (t.dtype == BF16) attention_gather_as<BFloat16>(t, doc, shared, sums, n);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ class _Rows(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         ("q", _Rows), ("k", _Rows), ("v", _Rows), ("o", _Rows), ("g", _Rows),
-        ("dq", _Rows), ("dk", _Rows), ("dv", _Rows), ("lse", _pointer), ("bounds", _pointer),
+        ("dq", _Rows), ("dk", _Rows), ("dv", _Rows), ("lse", _pointer), ("bounds", _pointer), ("fronts", _pointer),
         ("tokens", _i64), ("heads", _i64), ("shared", _i64), ("dim", _i64), ("docs", _i64), ("window", _i64),
         ("scale", ctypes.c_float), ("dtype", _i32),
     ]  # fmt: skip
@@ -34,11 +34,13 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Setting:
-    """What forward and backward share: document bounds int64 [n + 1], the scale, and the window (None: no limit)."""
+    """What forward and backward share: document bounds int64 [n + 1], the scale, the window (None: no limit), and the
+    document that each goes on from, int64 [n], -1 for none (None: none at all)."""
 
     bounds: Tensor
     scale: float
     window: int | None = None
+    fronts: Tensor | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, setting: Setting, o: Tensor, lse: Tensor) -> None:
@@ -66,6 +68,20 @@ def checked_bounds(bounds: Tensor, tokens: int) -> list[int]:
     return found
 
 
+def checked_fronts(fronts: Tensor | None, bounds: list[int]) -> list[int]:
+    """The document that each goes on from, -1 for none. Raises ShapeError unless it has tokens and no front itself."""
+    n = len(bounds) - 1
+    if fronts is None:
+        return [-1] * n
+    if fronts.dtype != torch.int64 or fronts.shape != (n,) or not fronts.is_cpu or not fronts.is_contiguous():
+        raise ShapeError(f"fronts are {list(fronts.shape)} {fronts.dtype}, needed: int64 {[n]} on the CPU.")
+    found: list[int] = fronts.tolist()
+    for doc, front in enumerate(found):
+        if front != -1 and not (0 <= front < n and found[front] == -1 and bounds[front] < bounds[front + 1]):
+            raise ShapeError(f"document {doc} goes on from {front}: that is none with tokens that begins by itself.")
+    return found
+
+
 def _task(setting: Setting, lse: Tensor, **rows: Tensor) -> _Attention:
     q, k = rows["q"], rows["k"]
     tokens, heads, dim = q.shape
@@ -79,8 +95,9 @@ def _task(setting: Setting, lse: Tensor, **rows: Tensor) -> _Attention:
         raise ShapeError(f"lse is {list(lse.shape)} {lse.dtype}, needed: {[heads, tokens]} float32, contiguous.")
     window = tokens if setting.window is None else min(setting.window, tokens)
     out.window, out.lse, out.docs = max(1, window), lse.data_ptr(), len(setting.bounds) - 1
-    checked_bounds(setting.bounds, tokens)
+    checked_fronts(setting.fronts, checked_bounds(setting.bounds, tokens))
     out.bounds = setting.bounds.data_ptr()
+    out.fronts = None if setting.fronts is None else setting.fronts.data_ptr()
     return out
 
 

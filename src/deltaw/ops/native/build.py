@@ -8,6 +8,7 @@ flag that the compiler does not know, or another architecture, costs that path a
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 UNITS = {
     "dispatch": (),
+    "heap": (),
     "path_scalar": (),
     "path_avx2": _AVX2,
     "path_avx512": _AVX512,
@@ -81,10 +83,19 @@ def _compile(cxx: str, name: str, folder: Path) -> Path:
     try:
         _run([*command, *own])
     except BuildFailed:
-        if not own:
+        if not own or _knows(cxx, own):
             raise
         _run(command)  # without its flags the file says that it has no such path
     return out
+
+
+def _knows(cxx: str, flags: tuple[str, ...]) -> bool:
+    """Whether a compiler takes `flags`: a unit that fails all the same is wrong."""
+    try:
+        _run([cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+    except BuildFailed:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:

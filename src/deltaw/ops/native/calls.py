@@ -159,6 +159,12 @@ def product(x: Tensor, m: Packed, bias: Tensor | None, y: Tensor) -> None:
     _call("deltaw_product", task)
 
 
+def reads_pairs() -> bool:
+    """Whether the path that runs multiplies pairs of bf16: its products then take rows in bf16, else in float32."""
+    library, at = _library()
+    return bool(library.deltaw_reads_pairs(at))
+
+
 def read_sum(values: Tensor) -> float:
     """Read `values` float32 once with the threads of the other kernels: a measure of bandwidth, not of the sum."""
     library, at = _library()

@@ -1,5 +1,6 @@
 // The C interface: which paths this CPU can run, and each operation cut into tasks over torch's own threads.
 #include <stdlib.h>
+#include <string.h>
 
 #include "native.h"
 
@@ -79,22 +80,6 @@ void share(const Task& task, int64_t n, int64_t cost, int threads, int64_t unit 
     gomp_parallel(work, &job, unsigned(threads), 0);
 }
 
-// Attention: the query heads of a document that share a key-value head are a task; in a document that would keep a
-// thread busy beyond its share, each head is one. Largest first, each taken by whoever is free.
-
-struct Part {
-    Heads heads;
-    double cost;
-    float* sums;
-};
-
-int by_cost(const void* a, const void* b) {
-    const Part &x = *(const Part*)a, &y = *(const Part*)b;
-    if (x.cost != y.cost) return x.cost < y.cost ? 1 : -1;
-    const int64_t order = x.heads.doc != y.heads.doc ? x.heads.doc - y.heads.doc : x.heads.first - y.heads.first;
-    return order < 0 ? -1 : 1;
-}
-
 struct Queue {
     void (*run)(const void* task, int64_t at, int64_t thread);
     const void* task;
@@ -115,65 +100,35 @@ void each(const Task& task, int64_t n, int threads) {
     gomp_parallel(serve, &q, unsigned(threads), 0);
 }
 
-int attention(const Path* path, int threads, const Attention& t, bool backward) {
-    const int64_t group = t.heads / t.shared, wide = (t.dim + 15) / 16 * 16;
-    const auto length = [&](int64_t doc) { return t.bounds[doc + 1] - t.bounds[doc]; };
-    const auto square = [&](int64_t doc) { return double(length(doc)) * double(length(doc)); };
-    double total = 0;
-    int64_t longest = 0;
-    for (int64_t doc = 0; doc < t.docs; ++doc) {
-        total += square(doc) * double(t.heads);
-        longest = length(doc) > longest ? length(doc) : longest;
-    }
-    if (!gomp_parallel || total * double(t.dim) < 1 << 20) threads = 1;
-    const auto is_split = [&](int64_t doc) {
-        return threads > 1 && group > 1 && 2 * threads * square(doc) * double(group) > total;
-    };
-    int64_t shared_sums = 0;  // floats
-    for (int64_t doc = 0; doc < t.docs; ++doc)
-        if (backward && is_split(doc)) shared_sums += t.heads * 2 * ((length(doc) + 15) / 16 * 16) * wide;
-    const int64_t own = (path->attention_scratch(t, longest, backward) + 63) / 64 * 64;
-    const int64_t parts_size = (t.docs * t.heads * int64_t(sizeof(Part)) + 63) / 64 * 64;
-    void* room = malloc(size_t(parts_size + shared_sums * 4 + threads * own) + 64);
-    if (!room) return 2;
-    Part* parts = (Part*)(((uintptr_t)room + 63) & ~uintptr_t(63));
-    float* sums = (float*)((char*)parts + parts_size);
-    char* scratch = (char*)(sums + shared_sums);
-    int64_t n = 0;
-    for (int64_t doc = 0; doc < t.docs; ++doc) {
-        const bool split = is_split(doc);
-        const int64_t step = split ? 1 : group;
-        if (length(doc) < 1) continue;
-        for (int64_t h = 0; h < t.heads; h += step) {
-            parts[n++] = {{doc, h, h + step}, square(doc) * double(step), split && backward ? sums : nullptr};
-            if (split && backward) sums += 2 * ((length(doc) + 15) / 16 * 16) * wide;
-        }
-    }
-    qsort(parts, size_t(n), sizeof(Part), by_cost);
-    each(
-        [&](int64_t at, int64_t thread) {
-            const Part& part = parts[at];
-            if (backward)
-                path->attend_backward(t, part.heads, part.sums, scratch + thread * own);
-            else
-                path->attend(t, part.heads, scratch + thread * own);
-        },
-        n, threads);
-    if (shared_sums)
-        each(
-            [&](int64_t at, int64_t) {
-                const Part& part = parts[at];
-                if (part.sums && part.heads.first % group == 0)
-                    path->attention_gather(t, part.heads.doc, part.heads.first / group, part.sums);
-            },
-            n, threads);
-    free(room);
-    return 0;
+struct Two {
+    Queue front;
+    Job back;
+    int64_t threads;
+};
+
+void take_two(void* data) {
+    Two& two = *(Two*)data;
+    if (__atomic_fetch_add(&two.threads, 1, __ATOMIC_RELAXED) % 2) work(&two.back), serve(&two.front);
+    else serve(&two.front), work(&two.back);
+}
+
+// Both tasks at once: every other thread begins with front(at, thread) for each of n_front, the rest with portions of
+// back(first, last); who is done with one helps with the other. For what waits for memory beside what computes.
+template <class Front, class Back>
+void beside(const Front& front, int64_t n_front, const Back& back, int64_t n_back, int threads) {
+    Two two = {{[](const void* t, int64_t at, int64_t thread) { (*(const Front*)t)(at, thread); }, &front, n_front, 0, 0},
+               {[](const void* t, int64_t first, int64_t last) { (*(const Back*)t)(first, last); }, &back, n_back, 2,
+                threads < 1 ? 1 : threads, 2, 0},
+               0};
+    if (threads < 2 || !gomp_parallel) return take_two(&two);
+    gomp_parallel(take_two, &two, unsigned(threads), 0);
 }
 
 }  // namespace
 
+#include "documents.h"
 #include "step.h"
+#include "bands.h"
 
 #define DELTAW_API extern "C" __attribute__((visibility("default")))
 
@@ -230,8 +185,45 @@ DELTAW_API int deltaw_product(int at, int threads, const Product* p) {
     void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
     path->product_prepare(*p, scratch);
     const int64_t cost = p->m.cols * p->m.bits / 8 * (p->n < 8 ? 1 : p->n / 4);
-    share([&](int64_t first, int64_t last) { path->product(*p, scratch, first, last); }, p->m.rows, cost, threads);
+    share([&](int64_t first, int64_t last) { path->product(*p, scratch, first, last); }, p->m.rows, cost, threads,
+          PANEL);
     free(room);
+    return 0;
+}
+
+// Bytes of room for a wide product of n rows and so many panels; 0 where there are no such products
+DELTAW_API int64_t deltaw_wide_room(int at, int threads, int64_t n, int64_t panels) {
+    const Path* path = path_at(at);
+    if (!path || !path->wide) return 0;
+    const int64_t parts = row_parts(n, panels, threads);
+    return up_to(path->wide->scratch((n + parts - 1) / parts), 4096) * threads + 4096;
+}
+
+DELTAW_API int deltaw_wide(int at, int threads, const Wide* w, char* room) {
+    const Path* path = path_at(at);
+    if (!path || !path->wide) return 1;
+    const WideKernels& wide = *path->wide;
+    int64_t panels = 0;
+    for (int64_t b = 0; b < w->n_bands; ++b) panels += panels_of(*w, b, wide.span);
+    const int64_t parts = row_parts(w->n, panels, threads), own = up_to(wide.scratch((w->n + parts - 1) / parts), 4096);
+    const int64_t units = panels * parts;
+    if (!gomp_parallel || threads < 1) threads = 1;
+    char* shelf = (char*)malloc(sizeof(Stretch) * size_t(units + 1) + sizeof(Share) * size_t(threads));
+    if (!shelf) return 2;
+    auto* stretches = (Stretch*)shelf;
+    auto* shares = (Share*)(stretches + units + 1);
+    for (int64_t t = 0; t < threads; ++t) {
+        const int64_t n = share_of(*w, wide, panels, parts, units * t / threads, units * (t + 1) / threads, stretches);
+        shares[t] = {stretches, n, 0};
+        stretches += n;
+    }
+    room = (char*)up_to((int64_t)room, 4096);
+    each([&](int64_t, int64_t thread) {
+        serve_shares(shares, threads, thread, [&](const Stretch& s) {
+            wide.group(w->bands[s.band], s.column, s.columns, s.row0, s.row1, room + thread * own);
+        });
+    }, threads, threads);
+    free(shelf);
     return 0;
 }
 
@@ -255,12 +247,12 @@ DELTAW_API int deltaw_read(int at, int threads, const uint8_t* bytes, int64_t n,
 
 DELTAW_API int deltaw_attend(int at, int threads, const Attention* t) {
     const Path* path = path_at(at);
-    return path ? attention(path, threads, *t, false) : 1;
+    return path ? Attending(path, threads, *t, false).run() : 1;
 }
 
 DELTAW_API int deltaw_attend_backward(int at, int threads, const Attention* t) {
     const Path* path = path_at(at);
-    return path ? attention(path, threads, *t, true) : 1;
+    return path ? Attending(path, threads, *t, true).run() : 1;
 }
 
 // Elementwise operations of transformer blocks -------------------------------------------------------------------------
@@ -316,11 +308,8 @@ DELTAW_API int deltaw_thin(int at, int threads, const Thin* t) {
     if (!room) return 2;
     void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
     thin.prepare(*t, scratch);
-    if (t->y)
-        share([&](int64_t first, int64_t last) { thin.add(*t, scratch, first, last); }, t->n, 4 * t->cols, threads);
-    else
-        share([&](int64_t first, int64_t last) { thin.back(*t, scratch, first, last); }, (t->n + t->chunk - 1) / t->chunk,
-              2 * t->cols * t->chunk, threads);
+    share([&](int64_t first, int64_t last) { thin.back(*t, scratch, first, last); }, (t->n + t->chunk - 1) / t->chunk,
+          2 * t->cols * t->chunk, threads);
     free(room);
     return 0;
 }
@@ -372,6 +361,13 @@ DELTAW_API int deltaw_dense(int at, int threads, const Dense* t) {
     const int64_t cost = PANEL * t->cols * (t->dtype == F32 ? 4 : 2) * (1 + t->n / 8);
     share([&](int64_t first, int64_t last) { path->serving->dense(*t, first, last); }, (t->rows + PANEL - 1) / PANEL,
           cost, threads, 1);
+    return 0;
+}
+
+DELTAW_API int deltaw_likeliest(int at, int threads, const Likeliest* t) {
+    const Path* path = path_at(at);
+    if (!path) return 1;
+    share([&](int64_t first, int64_t last) { path->serving->likeliest(*t, first, last); }, t->n, 4 * t->v, threads, 1);
     return 0;
 }
 

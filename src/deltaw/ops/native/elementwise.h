@@ -7,9 +7,6 @@ namespace {
 
 constexpr float INFINITE = __builtin_inff();
 
-// Without a call in the way, constants stay in registers.
-#define INLINE __attribute__((always_inline)) inline
-
 struct FlushedBf16 {  // values below 1.2e-38 may become zero: so the processor's own rounding does, in fewer steps
     using T = uint16_t;
     static F load(const void* p, int64_t i) { return V::load_bf16((const uint16_t*)p + i); }

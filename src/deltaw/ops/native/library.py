@@ -51,6 +51,7 @@ def open_library(path: Path = LIBRARY) -> tuple[Native | None, str]:
     try:
         handle = ctypes.CDLL(str(path))
         handle.deltaw_sources.restype = handle.deltaw_path.restype = ctypes.c_char_p
+        handle.deltaw_wide_room.restype = ctypes.c_int64
         found = (handle.deltaw_sources() or b"").decode().removeprefix("deltaw-sources:")
     except (OSError, AttributeError) as problem:
         return None, f"deltaw runs its reference ops: {path.name} does not load ({problem}). {_AGAIN}"

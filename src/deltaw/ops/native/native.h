@@ -64,6 +64,36 @@ struct Product {
     int32_t dtype, out_dtype;
 };
 
+// A product with a frozen matrix M [depth, columns] (wide.h). x in bf16, its rows x_stride apart; the depth is even.
+struct Term {
+    const uint16_t* x;     // [n, depth]
+    const uint16_t* w;     // rows w_stride apart: M's, or where `turned` M^T's; null: packed
+    const Matrix* packed;  // M, or where `turned` M^T
+    int64_t x_stride, w_stride, depth;
+    float scale;  // of the first of several, if that has at most LEAD terms to a sum; else it counts as 1
+    int32_t turned;
+};
+
+// Columns of a result in bf16: y = onto + bias + the sum of its terms. onto and bias may be null.
+struct Band {
+    const Term* terms;
+    const float* bias;
+    const uint16_t* onto;
+    uint16_t* y;
+    int64_t n_terms, cols, onto_stride, y_stride;
+};
+
+struct Wide {
+    const Band* bands;
+    int64_t n_bands, n;
+};
+
+struct WideKernels {
+    int64_t (*scratch)(int64_t rows);  // bytes that a thread needs for so many rows at a time
+    void (*group)(const Band&, int64_t column, int64_t columns, int64_t row0, int64_t row1, void* scratch);
+    int64_t span, most;  // columns of a panel, and panels of a group at most
+};
+
 // [tokens, heads, dim] of `dtype`: values from token to token and from head to head; features lie side by side.
 struct Rows {
     void* at;
@@ -72,10 +102,12 @@ struct Rows {
 
 // Causal attention within each document [bounds[d], bounds[d + 1]); see attention.h. Query head h reads key-value head
 // h / (heads / shared). A token sees itself and the window - 1 before it. g is dO; dq, dk, dv and g are the backward's.
+// Document d goes on where document fronts[d] ends, and sees that too; -1: it begins by itself. A front has none.
 struct Attention {
     Rows q, k, v, o, g, dq, dk, dv;
     float* lse;             // [heads, tokens]
     const int64_t* bounds;  // [docs + 1]
+    const int64_t* fronts;  // [docs], or null: every document begins by itself
     int64_t tokens, heads, shared, dim, docs, window;
     float scale;
     int32_t dtype;  // F32 or BF16
@@ -145,6 +177,13 @@ struct CrossEntropy {
     int32_t dtype;
 };
 
+struct Likeliest {  // the largest value of each row and where it first stands
+    const float* x;  // [n, v]
+    float* best;
+    int64_t* at;
+    int64_t n, v;
+};
+
 struct Elementwise {
     void (*rms_norm)(const RmsNorm&, int64_t first, int64_t last);                   // rows
     void (*rms_norm_backward)(const RmsNormBackward&, int64_t first, int64_t last);  // chunks of rows
@@ -161,10 +200,9 @@ struct Thin {
     const uint16_t* g;       // [n, cols]
     const uint16_t* u;       // [n, rank]
     uint16_t* h;             // [n, rank], or null
-    uint16_t* y;             // [n, cols]: thin_add's
     const uint16_t* factor;  // [cols, rank]: value (o, k) is factor[o * factor_row + k * factor_col]
     float* sums;             // [ceil(n / chunk), rank, cols], or null
-    int64_t g_stride, u_stride, h_stride, y_stride, factor_row, factor_col, n, cols, rank, chunk;
+    int64_t g_stride, u_stride, h_stride, factor_row, factor_col, n, cols, rank, chunk;
     float scale;
 };
 
@@ -172,7 +210,6 @@ struct ThinKernels {
     int64_t (*scratch)(const Thin&);                                             // bytes that `prepare` fills
     void (*prepare)(const Thin&, void* scratch);
     void (*back)(const Thin&, const void* scratch, int64_t first, int64_t last);  // chunks of rows
-    void (*add)(const Thin&, const void* scratch, int64_t first, int64_t last);   // rows
 };
 
 // Serving: one step of a Llama-like network (step.h), its products of few rows (rows.h), attention over pages (pages.h).
@@ -184,8 +221,23 @@ struct Dense {
     const void* w;  // [rows, cols] of `dtype`
     const void* x;
     float* y;
-    int64_t rows, cols, n, x_stride, y_stride;
+    const struct Added* added;  // what adapters add, segment by segment in order
+    int64_t rows, cols, n, x_stride, y_stride, n_added;
     int32_t dtype, type;
+};
+
+// u = A x of rows of a segment: float32, or bf16 where the path multiplies pairs. Memory for a multiple of 16 ranks
+struct Low {
+    const void *a, *x;
+    void* u;
+    int64_t rank, cols, n, x_stride, u_stride;
+    int32_t dtype, type;
+};
+
+struct Added {  // y += B u for rows [first, last)
+    const void *b, *u;  // as Change and Low have them; u from row `first` on
+    int64_t first, last, rank, u_stride;
+    int32_t dtype;
 };
 
 // Keys and values in pages of 16 tokens, [page, 16, shared, dim] of `dtype`. Sequence s has rows [bounds[s],
@@ -225,7 +277,10 @@ struct Change {
 };
 
 struct Changes {  // of the maps that read one input
-    const void* a;  // [rank, cols]: all their A
+    // All their A, [rank, cols]. Where bf16 is multiplied in pairs, in panels of 16 ranks [cols / 2, 16, 2], the last of
+    // as many ranks as are left, or the next power of two (w): [cols / 2 / (16 / w), w, 16 / w, 2]. Zeros where they end,
+    // and up to a multiple of 32 columns
+    const void* a;
     int64_t rank;
     Change of[3];
 };
@@ -287,13 +342,11 @@ struct Normed {
     int32_t type;
 };
 
-struct Finish {  // what an adapter or a bias adds to columns of a map's output, for the rows of a segment
+struct Finish {  // gains and biases of columns of a map's output, for the rows of a segment
     float* y;
-    const float* u;        // its part of A x
     const Change* change;  // or null
     const float* bias;     // the base's, or null
-    int64_t n, y_stride, u_stride;
-    int32_t dtype;
+    int64_t n, y_stride;
 };
 
 struct Serving {
@@ -301,6 +354,9 @@ struct Serving {
     void (*dense)(const Dense&, int64_t first, int64_t last);     // panels of PANEL rows of W
     void (*norm)(const Normed&, int64_t first, int64_t last);     // rows
     void (*gains)(const void* x, void* y, const float* gain, int64_t n, int64_t cols, int64_t stride, int32_t type);
+    void (*low)(const Low&);
+    // panels of PANEL of a map's `outs` columns; fresh: y = B u
+    void (*thin)(const Added&, float* y, int64_t y_stride, int64_t outs, int64_t first, int64_t last, bool fresh);
     void (*finish)(const Finish&, int64_t first, int64_t last);   // columns
     void (*head_norm)(float* x, int64_t n, int64_t stride, int64_t d, const float* gain, float eps);
     void (*turn)(float* x, int64_t n, int64_t stride, const float* cos, const float* sin, int64_t turned);
@@ -309,6 +365,7 @@ struct Serving {
     void (*add)(float* x, const float* y, int64_t n, int64_t x_stride, int64_t y_stride, int64_t cols, float by);
     void (*net_act)(float* x, int64_t n, int64_t stride, int64_t cols, const float* bias, int32_t act);
     void (*narrow)(const float* x, void* y, int64_t n, int64_t x_stride, int64_t y_stride, int64_t cols, int32_t type);
+    void (*likeliest)(const Likeliest&, int64_t first, int64_t last);  // rows
     int64_t (*paged_scratch)(const Paged&, int64_t rows);
     void (*paged)(const Paged&, const PagedPart&, void* scratch);
     void (*paged_join)(const Paged&, const PagedPart&, int64_t parts, float* sums);
@@ -331,11 +388,13 @@ struct Path {
     float (*read_sum)(const uint8_t* bytes, int64_t first, int64_t last);      // 64-byte lines: bandwidth
     int64_t (*attention_scratch)(const Attention&, int64_t longest, bool backward);  // bytes a thread needs
     void (*attend)(const Attention&, const Heads&, void* scratch);
-    // dk and dv are written, or with `sums` [2, padded, wide] left there for `attention_gather`: one head, then
+    // dk and dv are written, or with `sums` [2, padded, wide] left there for `attention_gather`. Of a document that has
+    // a front, its own are written, and the front's are added to `sums`
     void (*attend_backward)(const Attention&, const Heads&, float* sums, void* scratch);
-    void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums);
+    void (*attention_gather)(const Attention&, int64_t doc, int64_t shared, float* sums, int64_t n);  // n such sums
     const Elementwise* elementwise;
     const ThinKernels* thin;  // null where there are no products of bf16 pairs
+    const WideKernels* wide;  // the same
     const Serving* serving;
 };
 

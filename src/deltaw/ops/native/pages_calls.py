@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import ShapeError
-from deltaw.ops.native.calls import DTYPES
+from deltaw.ops.native.calls import DTYPES, reads_pairs
 from deltaw.ops.native.library import running
 
 PAGE = 16
@@ -31,7 +31,7 @@ def fields(**kinds: str) -> list[tuple[str, Any]]:
 
 
 class _Dense(ctypes.Structure):
-    _fields_ = fields(pointers="w x y", sizes="rows cols n x_stride y_stride", ints="dtype type")
+    _fields_ = fields(pointers="w x y added", sizes="rows cols n x_stride y_stride n_added", ints="dtype type")
 
 
 class _Paged(ctypes.Structure):
@@ -41,12 +41,6 @@ class _Paged(ctypes.Structure):
         floats="scale",
         ints="dtype type out_type",
     )
-
-
-def reads_pairs() -> bool:
-    """Whether the path that runs multiplies pairs of bf16: it then takes rows in bf16, else in float32."""
-    library, at = _library()
-    return bool(library.deltaw_reads_pairs(at))
 
 
 def dense(x: Tensor, w: Tensor, y: Tensor) -> None:

@@ -132,19 +132,51 @@ struct V {
     }
 
     static void fence() { _mm_sfence(); }
-    static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+    // not _mm_prefetch: GCC drops a loop of nothing else
+    static void prefetch(const uint8_t* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*p)); }
+    static void prefetch_second(const uint8_t* p) { __asm__ volatile("prefetcht1 %0" : : "m"(*p)); }  // second cache
 
 #ifdef DELTAW_BF16_DOT
     static constexpr const char* NAME = "avx512_bf16";
     using H = __m512bh;
     static void store_bf16_flushed(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
     static H load_half(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static void store_half(uint16_t* p, H a) { _mm512_storeu_si512(p, (__m512i)a); }
+    // Sixteen levels times a scale, rounded to bf16, twice
+    static H levels(F table, float scale) {
+        const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+        return _mm512_cvtne2ps_pbh(scaled, scaled);
+    }
+    // Of 64 codes in 32 bytes: the values of the high nibbles and of the low ones. The low five bits choose.
+    static void look_up64(H levels, const uint8_t* p, H& high, H& low) {
+        const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+        high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), (__m512i)levels);
+        low = (__m512bh)_mm512_permutexvar_epi16(b, (__m512i)levels);
+    }
+    static void part_pairs(const uint16_t* p, H& even, H& odd) {  // of 64 values, those at even and at odd places
+        const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 32);
+        even = (__m512bh)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+        odd = (__m512bh)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))),
+                                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)), 1);
+    }
     static F dot_half(H a, H b, F c) { return _mm512_dpbf16_ps(c, a, b); }
     // Pairs, for attention.h. Subnormals are flushed, as the products flush them.
     static H half_pair(const uint16_t* p) {
         int pair;
         __builtin_memcpy(&pair, p, 4);
         return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    template <int N>  // N pairs, repeated
+    static H half_pairs(const uint16_t* p) {
+        if constexpr (N == 1) return half_pair(p);
+        if constexpr (N == 2) {
+            int64_t two;
+            __builtin_memcpy(&two, p, 8);
+            return (__m512bh)_mm512_set1_epi64(two);
+        }
+        if constexpr (N == 4) return (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+        if constexpr (N == 8) return (__m512bh)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+        if constexpr (N == 16) return load_half(p);
     }
     static void round_half(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
     static void round_halves(uint16_t* both, F a, F b) {

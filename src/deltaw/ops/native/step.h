@@ -15,8 +15,11 @@ namespace {
 
 constexpr int64_t SPLIT = 256;    // keys of a part of a long context: fixed, so that results are
 constexpr int64_t FEW = 4;        // new rows of a sequence up to which its context is split
-constexpr int64_t QUERIES_OF_PART = 36;
+constexpr int64_t QUERIES_OF_PART = 144;
 constexpr int64_t COLUMNS = 64;   // that are finished together
+constexpr int64_t PARTED = 96;    // rows of a step from which adapters' changes are made with the base's product
+constexpr int64_t SHORT = 6;      // rows of a segment whose changes are never: reading them takes longer than computing
+constexpr int64_t CHUNK = 64;     // rows whose u a thread makes at a time
 
 int64_t up_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -125,8 +128,12 @@ struct Runs {
     int64_t size;  // bytes of a value that products read
     int64_t nx, dx, ox, fx, mx, u_stride, wide;
     char *normed, *other, *attended, *gated, *inner;
-    float *y, *u, *more;
+    char* u;  // A x of every row
+    float *y, *more, *apart;
+    bool aside = false;  // whether `apart` holds what adapters add to y for the rows of some segments: B u
     Task* tasks;
+    Low* lows;
+    Added* added;
     PagedRoom paged;
     Paged attention;
 
@@ -154,9 +161,13 @@ struct Runs {
         gated = pieces.take<char>(nx * fx * size);
         inner = pieces.take<char>(nx * mx * size);
         y = pieces.take<float>(nx * wide);
-        u = pieces.take<float>(nx * u_stride);
+        u = pieces.take<char>(nx * u_stride * size);
+        apart = pieces.take<float>(rank ? nx * wide : 0);
         more = pieces.take<float>(m ? nx * larger(mx, t.d) : 0);
-        tasks = pieces.take<Task>(3 + larger(t.n_segments, t.n_head_segments));
+        tasks = pieces.take<Task>(3);
+        const int64_t segments = larger(t.n_segments, t.n_head_segments);
+        lows = pieces.take<Low>(segments + t.n / CHUNK);
+        added = pieces.take<Added>(3 * segments);
         attention = {y, attended, nullptr, nullptr, t.bounds, t.contexts, t.tables, t.sequences, t.width, t.heads,
                      t.shared, t.dim, INT64_MAX / 2, ox, heads, t.scale, t.dtype, F32, type};
         paged = paged_room(path, attention, threads, pieces);  // without a window: at least as many parts as with one
@@ -168,12 +179,15 @@ struct Runs {
         Task made = {};
         made.packed = map.packed != nullptr;
         made.panels = up_to(map.rows, PANEL) / PANEL;
-        made.dense = {map.dense, x, out, map.rows, map.cols, n, x_stride, out_stride, t.dtype, type};
+        made.dense = {map.dense, x, out, nullptr, map.rows, map.cols, n, x_stride, out_stride, 0, t.dtype, type};
         if (made.packed) made.product = {*map.packed, x, nullptr, out, n, x_stride, out_stride, type, F32};
         return made;
     }
 
-    int run(int64_t n) const {
+    // The tasks, shared out by panels; beside them front(at, thread) for each of n_front
+    int run(int64_t n) const { return run(n, 0, [](int64_t, int64_t) {}); }
+    template <class Front>
+    int run(int64_t n, int64_t n_front, Front front) const {
         int64_t total = 0, bytes = 0;
         int problem = 0;
         for (int64_t i = 0; i < n; ++i) {
@@ -185,65 +199,107 @@ struct Runs {
             if (!one.scratch) problem = 2;
             else path->product_prepare(one.product, one.scratch);
         }
-        if (!problem && total)
-            share([&](int64_t first, int64_t last) {
-                for (int64_t i = 0, at = 0; i < n && at < last; at += tasks[i++].panels) {
-                    const Task& one = tasks[i];
-                    const int64_t from = larger(first - at, 0), to = smaller(last - at, one.panels);
-                    if (from >= to) continue;
-                    if (one.packed)
-                        path->product(one.product, one.scratch, from * PANEL, smaller(to * PANEL, one.dense.rows));
-                    else
-                        s.dense(one.dense, from, to);
+        const auto panels = [&](int64_t first, int64_t last) {
+            for (int64_t i = 0, at = 0; i < n && at < last; at += tasks[i++].panels) {
+                const Task& one = tasks[i];
+                const int64_t from = larger(first - at, 0), to = smaller(last - at, one.panels);
+                if (from >= to) continue;
+                if (!one.packed) {
+                    s.dense(one.dense, from, to);
+                    continue;
                 }
-            }, total, bytes / total, threads, 1);
+                path->product(one.product, one.scratch, from * PANEL, smaller(to * PANEL, one.dense.rows));
+                for (int64_t k = 0; k < one.dense.n_added; ++k)
+                    s.thin(one.dense.added[k], one.dense.y, one.dense.y_stride, one.dense.rows, from, to, false);
+            }
+        };
+        if (!problem && n_front) beside(front, n_front, panels, total, threads);
+        else if (!problem && total) share(panels, total, bytes / total, threads, 2);
         for (int64_t i = 0; i < n; ++i) free(tasks[i].scratch);
         return problem;
     }
 
-    // y = the maps at x, side by side, and u = A x of each segment. `changes` gives those of a segment, or null
+    // What adapters add ---------------------------------------------------------------------------------------------
+
+    Low low(const Changes& c, const char* x, int64_t x_stride, int64_t cols, int64_t first, int64_t last) const {
+        return {c.a, x + first * x_stride * size, u + first * u_stride * size, c.rank, cols, last - first, x_stride,
+                u_stride, t.dtype, type};
+    }
+
+    // Of map m for the rows of a segment; b is null where there is nothing
+    Added change(const Segment& seg, const Changes& c, int64_t m) const {
+        int64_t before = 0;
+        for (int64_t k = 0; k < m; ++k) before += c.of[k].rank;
+        return {c.of[m].b, u + (seg.first * u_stride + before) * size, seg.first, seg.last, c.of[m].rank, u_stride, t.dtype};
+    }
+
+    // Whether what is added to a segment's rows is made apart from y
+    bool is_apart(const Segment& seg) const { return aside && (t.n < PARTED || seg.last - seg.first < SHORT); }
+
+    // y = the maps at x, side by side, and what adapters add: B u, u = A x of each segment. `changes` gives those of a
+    // segment, or null. Few rows' factors are a stream of memory, read beside the base's arithmetic, and B u lies apart.
     template <class Of>
     int multiply(const Linear* maps, int64_t n_maps, const char* x, int64_t x_stride, float* out, int64_t out_stride,
                  const Segment* segments, int64_t n_segments, int64_t n, Of changes) {
-        int64_t pending = 0;
+        const int64_t cols = maps[0].cols;
+        bool gains = false;
+        for (int64_t i = 0; i < n_segments; ++i)
+            for (int64_t m = 0; m < n_maps; ++m)
+                if (const Changes* c = changes(segments[i])) gains |= c->of[m].in_gain != nullptr;
+        aside = !gains && out == y;
+        int64_t n_lows = 0, n_apart = 0, pending = 0;
         for (int64_t i = 0; i < n_segments; ++i) {
-            const Changes* c = changes(segments[i]);
-            const int64_t rows = segments[i].last - segments[i].first;
-            if (!c || !c->rank || rows < 1) continue;
-            const Linear a = {c->a, nullptr, nullptr, c->rank, maps[0].cols};
-            tasks[pending++] = task(a, x + segments[i].first * x_stride * size, x_stride,
-                                    u + segments[i].first * u_stride, u_stride, rows);
+            const Segment& seg = segments[i];
+            const Changes* c = changes(seg);
+            if (!c || !c->rank) continue;
+            if (is_apart(seg)) n_apart = n_segments;
+            else
+                for (int64_t at = seg.first; at < seg.last; at += CHUNK)
+                    lows[n_lows++] = low(*c, x, x_stride, cols, at, smaller(at + CHUNK, seg.last));
         }
+        each([&](int64_t at, int64_t) { s.low(lows[at]); }, n_lows, threads);
         for (int64_t m = 0, at = 0; m < n_maps; at += maps[m++].rows) {
+            Added* of_map = added + m * n_segments;
+            int64_t n_added = 0;
             bool gained = false;
             for (int64_t i = 0; i < n_segments; ++i)
-                if (const Changes* c = changes(segments[i])) gained |= c->of[m].in_gain != nullptr;
-            if (gained) {
-                if (const int problem = pending ? run(pending) : 0) return problem;
-                pending = 0;
-                for (int64_t i = 0; i < n_segments; ++i) {
-                    const Changes* c = changes(segments[i]);
-                    const int64_t from = segments[i].first * x_stride * size;
-                    s.gains(x + from, other + from, c ? c->of[m].in_gain : nullptr,
-                            segments[i].last - segments[i].first, maps[m].cols, x_stride, type);
+                if (const Changes* c = changes(segments[i])) {
+                    gained |= c->of[m].in_gain != nullptr;
+                    if (c->of[m].b && !is_apart(segments[i])) of_map[n_added++] = change(segments[i], *c, m);
                 }
+            for (int64_t i = 0; gained && i < n_segments; ++i) {
+                const Changes* c = changes(segments[i]);
+                const int64_t from = segments[i].first * x_stride * size;
+                s.gains(x + from, other + from, c ? c->of[m].in_gain : nullptr, segments[i].last - segments[i].first,
+                        maps[m].cols, x_stride, type);
             }
-            tasks[pending++] = task(maps[m], gained ? other : x, x_stride, out + at, out_stride, n);
-            if (gained) {
+            tasks[pending] = task(maps[m], gained ? other : x, x_stride, out + at, out_stride, n);
+            tasks[pending].dense.added = of_map, tasks[pending++].dense.n_added = n_added;
+            if (gains) {
                 if (const int problem = run(pending)) return problem;
                 pending = 0;
             }
         }
-        return pending ? run(pending) : 0;
+        if (!pending) return 0;
+        return run(pending, n_apart, [&](int64_t i, int64_t) {
+            const Segment& seg = segments[i];
+            const Changes* c = changes(seg);
+            if (!c || !c->rank || !is_apart(seg)) return;
+            s.low(low(*c, x, x_stride, cols, seg.first, seg.last));
+            float* to = apart;
+            for (int64_t m = 0; m < n_maps; to += maps[m++].rows)
+                if (c->of[m].b)
+                    s.thin(change(seg, *c, m), to, out_stride, maps[m].rows, 0, up_to(maps[m].rows, PANEL) / PANEL, true);
+        });
     }
 
     // Columns [first, last) of map m of a group, for a segment; its output begins at `out`
     void finish(const Segment& seg, const Changes* c, const Linear* maps, int64_t m, float* out, int64_t out_stride,
                 int64_t first, int64_t last) const {
-        int64_t before = 0;
-        for (int64_t k = 0; c && k < m; ++k) before += c->of[k].rank;
-        s.finish({out + seg.first * out_stride, u + seg.first * u_stride + before, c ? &c->of[m] : nullptr,
-                  maps[m].bias, seg.last - seg.first, out_stride, u_stride, t.dtype}, first, last);
+        const int64_t rows = seg.last - seg.first, from = seg.first * out_stride;
+        if (c && c->of[m].b && is_apart(seg))
+            s.add(out + from + first, apart + (out - y) + from + first, rows, out_stride, out_stride, last - first, 1);
+        s.finish({out + from, c ? &c->of[m] : nullptr, maps[m].bias, rows, out_stride}, first, last);
     }
 
     // block(segment, first, last) over all units of every segment, many at a time where there are many
@@ -365,7 +421,7 @@ struct Runs {
         s.narrow(more, inner, n, stride, mx, net.m, type);
         tasks[0] = task({net.up, nullptr, nullptr, t.d, net.m}, inner, mx, more, stride, n);
         run(1);
-        s.finish({more, nullptr, nullptr, net.up_bias, n, stride, 0, t.dtype}, 0, t.d);
+        s.finish({more, nullptr, net.up_bias, n, stride}, 0, t.d);
         s.add(t.hidden + seg.first * t.d, more, n, t.d, stride, t.d, net.scale);
         return 0;
     }

@@ -13,11 +13,11 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.bottleneck import Bottleneck
 from deltaw.errors import ShapeError
-from deltaw.ops.arena import ask_for_huge_pages
-from deltaw.ops.native.calls import DTYPES, Packed
+from deltaw.ops.arena import on_huge_pages
+from deltaw.ops.native.calls import DTYPES, Packed, reads_pairs
 from deltaw.ops.native.elementwise_calls import ACTS
 from deltaw.ops.native.library import running
-from deltaw.ops.native.pages_calls import PAGE, check_places, fields, reads_pairs
+from deltaw.ops.native.pages_calls import PAGE, check_places, fields
 
 GROUPS = ("inputs", "output", "gates", "down")
 """A layer's maps by what they read: the normed rows, attention, the normed rows, the gated rows."""
@@ -285,8 +285,12 @@ class Stepper:
         dtype, cols = self.net.dtype, maps[0].shape[1]
         factors = [f.A for f in forms if f is not None and f.A is not None]
         if factors:
-            out.rank = sum(len(a) for a in factors)
-            shelf.put(out, "a", torch.cat(factors), (out.rank, cols), dtype)
+            a = torch.cat(factors)
+            if a.shape[1] != cols:
+                raise ShapeError(f"found A of {list(a.shape)} for {cols} features.")
+            out.rank = len(a)
+            a = _turned(a) if dtype == torch.bfloat16 and reads_pairs() else a
+            shelf.put(out, "a", a, a.shape, dtype)
         for i, (form, m) in enumerate(zip(forms, maps, strict=True)):
             if form is None:
                 continue
@@ -330,14 +334,26 @@ class _Shelf:
         starts = [0]
         for _, _, t, dtype in self._held:
             starts.append(starts[-1] + -(-t.numel() * dtype.itemsize // 64) * 64)
-        memory = torch.empty(starts[-1] + 64, dtype=torch.uint8)
-        ask_for_huge_pages(memory.untyped_storage())
+        memory = on_huge_pages(starts[-1] + 64)
         first = -memory.data_ptr() % 64
         for (out, name, t, dtype), start in zip(self._held, starts, strict=False):
             place = memory[first + start : first + start + t.numel() * dtype.itemsize]
             place.view(dtype).view(t.shape).copy_(t)
             setattr(out, name, place.data_ptr())
         return memory
+
+
+def _turned(a: Tensor) -> Tensor:
+    """A [rank, cols] in panels of PANEL ranks and fewer, as native.h's Changes has them: [values]."""
+    cols = -(-a.shape[1] // 32) * 32
+    parts = []
+    for first in range(0, len(a), PANEL):
+        ranks = a[first : first + PANEL].detach()
+        wide = 1 << (len(ranks) - 1).bit_length()
+        padded = ranks.new_zeros(wide, cols)
+        padded[: len(ranks), : a.shape[1]] = ranks
+        parts.append(padded.view(wide, -1, PANEL // wide, 2).transpose(0, 1).flatten())
+    return torch.cat(parts)
 
 
 def _segments(parts: Sequence[tuple[int, int, WornOf | None]], n: int) -> Any:

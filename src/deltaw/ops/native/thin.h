@@ -1,10 +1,9 @@
 // Products with a side as thin as an adapter's rank, in bf16 pairs: every wide operand is read once.
 //
 //   thin_back   h = scale g F        sums = g^T u, over each chunk of rows      g [n, cols], F [cols, rank], u [n, rank]
-//   thin_add    y += scale u F^T                                                y [n, cols]
 //
 // A pair lies along the summed dimension. For h: columns of g, as they lie, spread over a vector of F's ranks. For the
-// sums: two rows of g mingled, times u's pairs spread. For y: u's pairs spread, times F's. All sums are float32.
+// sums: two rows of g mingled, times u's pairs spread. All sums are float32. What is added to a wide matrix: wide.h.
 #pragma once
 #include "kernels.h"
 
@@ -16,23 +15,20 @@ constexpr int64_t TOKENS = 64;  // rows of g that both halves of thin_back take 
 inline int64_t wide_of(int64_t rank) { return (rank + 15) / 16 * 16; }
 
 int64_t thin_scratch(const Thin& t) {  // of units, shared by the threads: F in pairs
-    const int64_t wide = wide_of(t.rank), cols = (t.cols + 31) / 32 * 32;
-    return t.y ? (t.rank + 1) / 2 * cols * 4 : (t.cols + 1) / 2 * wide * 4;
+    return (t.cols + 1) / 2 * wide_of(t.rank) * 4;
 }
 
-// F in pairs, and zeros where it ends: for y [rank / 2][cols], else [cols / 2][wide]
+// F in pairs [cols / 2][wide], and zeros where it ends
 void thin_prepare(const Thin& t, void* scratch) {
     auto* out = (uint32_t*)scratch;
     if (!t.factor) return;  // sums alone
-    const int64_t summed = t.y ? t.rank : t.cols, along = t.y ? t.cols : t.rank;
-    const int64_t wide = t.y ? (t.cols + 31) / 32 * 32 : wide_of(t.rank);
-    const int64_t step = t.y ? t.factor_col : t.factor_row, beside = t.y ? t.factor_row : t.factor_col;
-    for (int64_t s = 0; s < summed; s += 2, out += wide) {
-        const uint16_t* low = t.factor + s * step;
-        const uint16_t* high = s + 1 < summed ? low + step : nullptr;
-        for (int64_t i = 0; i < along; ++i)
-            out[i] = low[i * beside] | (high ? uint32_t(high[i * beside]) << 16 : 0);
-        for (int64_t i = along; i < wide; ++i) out[i] = 0;
+    const int64_t wide = wide_of(t.rank);
+    for (int64_t s = 0; s < t.cols; s += 2, out += wide) {
+        const uint16_t* low = t.factor + s * t.factor_row;
+        const uint16_t* high = s + 1 < t.cols ? low + t.factor_row : nullptr;
+        for (int64_t i = 0; i < t.rank; ++i)
+            out[i] = low[i * t.factor_col] | (high ? uint32_t(high[i * t.factor_col]) << 16 : 0);
+        for (int64_t i = t.rank; i < wide; ++i) out[i] = 0;
     }
 }
 
@@ -42,24 +38,14 @@ inline __m512bh spread(const uint16_t* pair) {
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// The first `n` of 16 or 32 values; masked stores of halves are slow, so whole ones go without
+// The first `n` of 16 values; masked stores of halves are slow, so whole ones go without
 inline __m256i some16(const uint16_t* p, int64_t n) {
     return n >= 16 ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(__mmask16((1 << n) - 1), p);
-}
-inline __m512i some32(const uint16_t* p, int64_t n) {
-    return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
 }
 inline void keep16(uint16_t* p, int64_t n, __m256i v) {
     if (n >= 16) return _mm256_storeu_si256((__m256i*)p, v);
     _mm256_mask_storeu_epi16(p, __mmask16((1 << n) - 1), v);
 }
-inline void keep32(uint16_t* p, int64_t n, __m512i v) {
-    if (n >= 32) return _mm512_storeu_si512(p, v);
-    _mm512_mask_storeu_epi16(p, __mmask32((1u << n) - 1), v);
-}
-
-inline F widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
 // h of N rows and 16 ranks
 template <int N>
 inline void rows_of_h(const Thin& t, const uint32_t* factor, int64_t row, int64_t k0) {
@@ -129,38 +115,6 @@ void thin_back(const Thin& t, const void* scratch, int64_t first, int64_t last) 
     }
 }
 
-// y of N rows, all columns
-template <int N>
-inline void rows_of_y(const Thin& t, const uint32_t* factor, int64_t row) {
-    const int64_t cols = (t.cols + 31) / 32 * 32;
-    const F scale = V::set1(t.scale);
-    for (int64_t o = 0; o < t.cols; o += 32) {
-        F low[N], high[N];
-        for (int i = 0; i < N; ++i) low[i] = high[i] = V::set1(0);
-        for (int64_t k = 0; k < t.rank; k += 2) {
-            const __m512bh a = (__m512bh)_mm512_loadu_si512(factor + k / 2 * cols + o);
-            const __m512bh b = (__m512bh)_mm512_loadu_si512(factor + k / 2 * cols + o + 16);
-            for (int i = 0; i < N; ++i) {
-                const __m512bh both = spread(t.u + (row + i) * t.u_stride + k);
-                low[i] = _mm512_dpbf16_ps(low[i], both, a);
-                high[i] = _mm512_dpbf16_ps(high[i], both, b);
-            }
-        }
-        for (int i = 0; i < N; ++i) {
-            uint16_t* at = t.y + (row + i) * t.y_stride + o;
-            const __m512i y = some32(at, t.cols - o);
-            const F l = widened(_mm512_castsi512_si256(y)), h = widened(_mm512_extracti64x4_epi64(y, 1));
-            keep32(at, t.cols - o, (__m512i)_mm512_cvtne2ps_pbh(V::fma(high[i], scale, h), V::fma(low[i], scale, l)));
-        }
-    }
-}
-
-void thin_add(const Thin& t, const void* scratch, int64_t first, int64_t last) {  // rows
-    int64_t row = first;
-    for (; row + 8 <= last; row += 8) rows_of_y<8>(t, (const uint32_t*)scratch, row);
-    for (; row < last; ++row) rows_of_y<1>(t, (const uint32_t*)scratch, row);
-}
-
-const ThinKernels THIN_KERNELS = {thin_scratch, thin_prepare, thin_back, thin_add};
+const ThinKernels THIN_KERNELS = {thin_scratch, thin_prepare, thin_back};
 
 }  // namespace

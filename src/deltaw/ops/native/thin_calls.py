@@ -15,10 +15,10 @@ CHUNK = 256
 """Rows whose sums are taken together: fixed, so that they do not depend on the threads."""
 
 _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
-_MATRICES = ("g", "u", "h", "y")
+_MATRICES = ("g", "u", "h")
 
 
-_SIZES = ("g_stride", "u_stride", "h_stride", "y_stride", "factor_row", "factor_col", "n", "cols", "rank", "chunk")
+_SIZES = ("g_stride", "u_stride", "h_stride", "factor_row", "factor_col", "n", "cols", "rank", "chunk")
 _OF_THIN: list[tuple[str, Any]] = [(name, _pointer) for name in (*_MATRICES, "factor", "sums")]
 
 
@@ -51,21 +51,12 @@ def back(g: Tensor, factor: Tensor | None, u: Tensor | None, scale: float, h: Te
     return sums
 
 
-def add(y: Tensor, u: Tensor, factor: Tensor, scale: float) -> None:
-    """y [n, cols] += scale u factor^T, rounded once; u [n, rank], factor [cols, rank]: bfloat16, the rank even."""
-    if u.shape[1] % 2:
-        raise ShapeError(f"thin_add takes an even rank, not {u.shape[1]}.")
-    task = _task(u.shape[1], y.shape[1], y.shape[0], scale, u=u, y=y)
-    _factor(task, factor)
-    _call(task)
-
-
 def _task(rank: int, cols: int, n: int, scale: float, **matrices: Tensor | None) -> _Thin:
     task = _Thin(n=n, cols=cols, rank=rank, chunk=CHUNK, scale=scale)
     for name, t in matrices.items():
         if t is None:
             continue
-        width = cols if name in ("g", "y") else rank
+        width = cols if name == "g" else rank
         if t.shape != (n, width) or t.dtype != torch.bfloat16 or not t.is_cpu or (width > 1 and t.stride(1) != 1):
             raise ShapeError(
                 f"{name} is {list(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}.\n"

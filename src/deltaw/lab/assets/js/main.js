@@ -100,8 +100,17 @@ async function show(act) {
 // Picture 9 trains as far as its slider says; picture 10 answers when it is asked to.
 const acts = () => frame.number === 9 && state.step > 0;
 
+// Another rank or rate of picture 9 is another lesson, which has not begun.
+function begin() {
+  state.step = 0;
+  const step = $("control-step");
+  step.value = 0;
+  step.labels[0].querySelector("output").textContent = "0";
+}
+
 function change(name, value) {
   state = { ...state, [name]: value };
+  if (frame.number === 9 && name !== "step") begin();
   history.replaceState(null, "", addressOf(frame, state));
   if (document.activeElement?.name !== name) drawControls($("controls"), frame, state, change);
   show(acts());

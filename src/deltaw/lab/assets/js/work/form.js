@@ -39,7 +39,7 @@ export function inputOf(field, values, changed) {
   };
   if (field.kind === "choice") {
     input = make("select");
-    for (const option of field.options) input.add(new Option(String(option), String(option), false, same(option, given)));
+    for (const option of field.options) input.add(new Option(option ?? "none", String(option), false, same(option, given)));
     input.addEventListener("change", () => keep(field.options.find((o) => String(o) === input.value)));
   } else if (field.kind === "switch") {
     input = make("input", { type: "checkbox" });

@@ -1,0 +1,94 @@
+"""What pictures need first, computed while nobody asks: the first position of each model, matrices' noise, methods.
+
+One thread, one small job after the other, and none while a request is answered or was a moment ago. What takes long
+is made without the lab's lock, and only then kept.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+from threading import Event, Thread
+from time import monotonic
+from typing import Any
+
+from deltaw.errors import DeltawError
+from deltaw.lab import counts
+from deltaw.lab.base import Lab
+from deltaw.lab.blocks import SHOWN, keep_counted
+from deltaw.lab.controls import read
+from deltaw.lab.lowrank import noise_values
+from deltaw.lab.picture import Picture
+from deltaw.ops.native.library import and_end_threads
+from deltaw.plan.network import find_config
+from deltaw.plan.short import shortened
+
+QUIET_S = 0.25
+"""How long nobody has asked before a job begins."""
+Job = Callable[[], object]
+
+
+class Ahead:
+    """Runs jobs beside a server, from `started` on; `stopped` returns when the one that runs is done."""
+
+    def __init__(self, jobs: Callable[[], Iterator[Job]]) -> None:
+        self._jobs = jobs
+        self._end = Event()
+        self._asking, self._last = 0, 0.0
+        self._thread = Thread(target=lambda: and_end_threads(self._run), name="ahead", daemon=True)
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """A request is answered inside. For one thread, the server's."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+            self._last = monotonic()
+
+    @asynccontextmanager
+    async def beside(self, _: Any) -> Any:
+        """The life of an application: jobs run inside."""
+        self._last = monotonic()
+        self._thread.start()
+        yield
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for job in self._jobs():
+            while self._asking or monotonic() - self._last < QUIET_S:
+                if self._end.wait(QUIET_S / 5):
+                    return
+            if self._end.is_set():
+                return
+            with suppress(DeltawError):  # what cannot be had here is told to whoever asks for it
+                job()
+        gc.freeze()  # what was made stays: a collection need not look at it again
+
+
+def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
+    """What is worth having before it is asked for, the likeliest first."""
+    yield lab.inputs
+    yield partial(_shown, lab, pictures[9])
+    for key in SHOWN:
+        yield partial(keep_counted, lab, key)
+    for name in lab.sizes:
+        yield partial(shortened, find_config(lab.path(name))[0], None)
+        for method in counts.METHODS_OF_11:
+            yield partial(_planned, lab, read(pictures[11].controls, {"model": name}), method)
+    for shape in sorted({(s.out_features, s.in_features) for s in lab.linear.values()}):
+        yield partial(noise_values, lab, *shape)
+
+
+def _shown(lab: Lab, picture: Picture) -> None:
+    with lab.lock:
+        picture.compute(lab, read(picture.controls, {}))
+
+
+def _planned(lab: Lab, controls: Any, method: str) -> None:
+    with lab.lock:
+        counts.planned(lab, controls, method)

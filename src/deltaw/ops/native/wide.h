@@ -1,0 +1,245 @@
+// Products of many rows with frozen matrices, and what an adapter adds to them, in bf16 pairs:
+//
+//   y = onto + bias + x_1 M_1 + x_2 M_2 + ...        for each band of columns; x_i [n, depth_i], M_i [depth_i, columns]
+//
+// A pair lies along the summed dimension. M is turned a chunk of terms and PANELS panels of SPAN columns at a time, pairs
+// [depth / 2, SPAN, 2], so that a lane of a sum belongs to a column; then the rows of x pass in groups of 12, each pair
+// spread over the lanes: 24 sums, 14 loads for 24 products. A panel lies in the first cache, a block of rows of x and the
+// group in the second. Sums are float32, and wait as such where there are more chunks; y is rounded once.
+#pragma once
+#include "attention.h"
+
+#ifdef DELTAW_BF16_DOT
+
+namespace {
+
+constexpr int64_t SPAN = 32;         // columns of a panel
+constexpr int64_t PANELS = 8;        // panels that a block of rows meets
+constexpr int64_t TERMS = 640;       // terms of a chunk at most
+constexpr int64_t LEAD = 256;        // of an adapter's factor, which goes before the first chunk's
+constexpr int64_t X_BYTES = 320 << 10;  // bytes of x that stay in the second cache
+
+struct Chunk {  // terms [k0, k0 + depth) of those from `term` on, whose rows of x lie side by side; lead of another before
+    int64_t term, k0, depth, lead;
+};
+
+inline bool joins(const Term& a, const Term& b) { return b.x == a.x + a.depth && b.x_stride == a.x_stride; }
+
+// Calls visit(chunk, last) for each
+template <class Visit>
+inline void chunks_of(const Band& b, const Visit& visit) {
+    const int64_t first = b.n_terms > 1 && b.terms[0].depth <= LEAD;
+    int64_t lead = first ? b.terms[0].depth : 0;
+    for (int64_t t = first, end; t < b.n_terms; t = end) {
+        int64_t total = b.terms[t].depth;
+        for (end = t + 1; end < b.n_terms && joins(b.terms[end - 1], b.terms[end]); ++end) total += b.terms[end].depth;
+        const int64_t count = (total + TERMS - 1) / TERMS, each = up((total + count - 1) / count, 32);
+        int64_t term = t, at = 0;
+        for (int64_t k = 0; k < total; k += each) {
+            for (; k - at >= b.terms[term].depth; ++term) at += b.terms[term].depth;
+            visit(Chunk{term, k - at, least(each, total - k), lead}, end == b.n_terms && k + each >= total);
+            lead = 0;
+        }
+    }
+}
+
+// Turning ------------------------------------------------------------------------------------------------------------
+
+// Pairs of `rows` <= 32 rows from w on, `depth` long, which lie along the terms: zeros where the rows end
+inline void turn_along(const uint16_t* w, int64_t stride, int64_t rows, int64_t depth, uint32_t* out) {
+    int64_t k = 0;
+    if (rows == SPAN && stride % 2 == 0)
+        for (; k + 32 <= depth; k += 32)
+            for (int64_t r = 0; r < SPAN; r += W)
+                V::turn16((const uint32_t*)(w + r * stride + k), stride / 2, W, out + k / 2 * SPAN + r, SPAN);
+    for (; k < depth; k += 2)
+        for (int64_t r = 0; r < SPAN; ++r) {
+            uint32_t both = 0;
+            if (r < rows) memcpy(&both, w + r * stride + k, 4);
+            out[k / 2 * SPAN + r] = both;
+        }
+}
+
+// Pairs of two rows of up to SPAN columns, which lie along the columns
+inline void turn_across(const uint16_t* low, const uint16_t* high, int64_t columns, uint32_t* out) {
+    if (columns >= SPAN) {
+        V::mingle_halves(low, high, (uint16_t*)out);
+        V::mingle_halves(low + W, high + W, (uint16_t*)(out + W));
+        return;
+    }
+    for (int64_t i = 0; i < SPAN; ++i) out[i] = i < columns ? low[i] | uint32_t(high[i]) << 16 : 0;
+}
+
+// Terms [k, k + depth) of one matrix for up to SPAN columns from c on
+inline void turn(const Term& t, int64_t c, int64_t columns, int64_t k, int64_t depth, uint16_t* room, uint32_t* out) {
+    const bool uniform = t.packed && is_uniform(*t.packed);
+    const auto decoded = [&](int64_t row, int64_t from, int64_t n, uint16_t* to) {
+        const int64_t start = row * t.packed->cols + from;
+        decode<BFloat16>(*t.packed, uniform, start, start + n, to);
+        return to;
+    };
+    if (t.turned) {
+        if (t.packed)
+            for (int64_t r = 0; r < columns; ++r) decoded(c + r, k, depth, room + r * TERMS);
+        return turn_along(t.packed ? room : t.w + c * t.w_stride + k, t.packed ? TERMS : t.w_stride, columns, depth, out);
+    }
+    for (int64_t i = k; i < k + depth; i += 2, out += SPAN) {
+        const uint16_t* low = t.packed ? decoded(i, c, columns, room) : t.w + i * t.w_stride + c;
+        const uint16_t* high = t.packed ? decoded(i + 1, c, columns, room + SPAN) : low + t.w_stride;
+        turn_across(low, high, columns, out);
+    }
+}
+
+// A chunk's terms, and what leads it
+inline void turn_chunk(const Band& b, const Chunk& chunk, int64_t c, int64_t columns, uint16_t* room, uint32_t* lead,
+                       uint32_t* panel) {
+    if (chunk.lead) turn(b.terms[0], c, columns, 0, chunk.lead, room, lead);
+    for (int64_t t = chunk.term, k = chunk.k0, done = 0; done < chunk.depth; ++t, k = 0) {
+        const int64_t depth = least(b.terms[t].depth - k, chunk.depth - done);
+        turn(b.terms[t], c, columns, k, depth, room, panel + done / 2 * SPAN);
+        done += depth;
+    }
+}
+
+// The lines of memory behind SPAN columns of a term, of which a few are asked for at a time, long before `turn` reads them
+struct Fetch {
+    const uint8_t* at;
+    int64_t stride, wide, n, done;  // bytes from row to row, lines of a row, lines in all
+
+    INLINE void some(int64_t count) {
+        for (const int64_t stop = least(n, done + count); done < stop; ++done)
+            V::prefetch_second(at + done / wide * stride + done % wide * 64);
+    }
+};
+
+inline Fetch fetch_of(const Band& b, int64_t c, const Chunk& chunk) {
+    const Term& t = b.terms[chunk.term];
+    const int64_t depth = least(chunk.depth, t.depth - chunk.k0), columns = least(SPAN, b.cols - c);
+    if (t.packed || columns < 1) return {};
+    const uint16_t* w = t.w + (t.turned ? c * t.w_stride + chunk.k0 : chunk.k0 * t.w_stride + c);
+    const int64_t wide = ((t.turned ? depth : columns) * 2 + 63) / 64;
+    return {(const uint8_t*)w, t.w_stride * 2, wide, wide * (t.turned ? columns : depth), 0};
+}
+
+// Multiplying --------------------------------------------------------------------------------------------------------
+
+struct Tile {  // of a panel: rows of x by pairs of terms, u of them before
+    const uint32_t *lead, *panel;
+    const uint16_t *u, *x;
+    int64_t u_stride, x_stride, leading, pairs;
+    float scale;   // of what the leading terms give
+    bool first, last;
+    float* sums;  // [rows, SPAN]: of the chunks before, or for those behind
+    const float* bias;
+    const uint16_t* onto;
+    uint16_t* y;
+    int64_t onto_stride, y_stride, columns;
+};
+
+inline F upper(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+
+template <int N>
+INLINE void multiply_pairs(const uint32_t* panel, const uint16_t* x, int64_t stride, int64_t pairs, F (&a)[N], F (&b)[N]) {
+    for (int64_t k = 0; k < pairs; ++k) {
+        const V::H low = V::load_half((const uint16_t*)(panel + k * SPAN));
+        const V::H high = V::load_half((const uint16_t*)(panel + k * SPAN + W));
+        for (int i = 0; i < N; ++i) {
+            const V::H both = V::half_pair(x + i * stride + 2 * k);
+            a[i] = V::dot_half(low, both, a[i]), b[i] = V::dot_half(high, both, b[i]);
+        }
+    }
+}
+
+// N rows from row i on
+template <int N>
+__attribute__((noinline)) void tile(const Tile& t, int64_t i) {
+    float* sums = t.sums + i * SPAN;
+    uint16_t* y = t.y + i * t.y_stride;
+    F a[N], b[N];
+    for (int r = 0; r < N; ++r) {
+        a[r] = t.first ? V::set1(0) : V::load(sums + r * SPAN);
+        b[r] = t.first ? V::set1(0) : V::load(sums + r * SPAN + W);
+    }
+    if (t.last)  // or stores wait for their lines one after the other
+        for (int r = 0; r < N; ++r) __asm__ volatile("prefetchw %0" : : "m"(y[r * t.y_stride]));
+    if (t.last && t.onto)
+        for (int r = 0; r < N; ++r) V::prefetch((const uint8_t*)(t.onto + (i + r) * t.onto_stride));
+    if (!t.first)
+        for (int r = 0; r < 2 * N; ++r) V::prefetch((const uint8_t*)(sums + N * SPAN + r * W));
+    if (t.leading) {
+        multiply_pairs(t.lead, t.u + i * t.u_stride, t.u_stride, t.leading, a, b);
+        const F scale = V::set1(t.scale);
+        for (int r = 0; r < N; ++r) a[r] = V::mul(a[r], scale), b[r] = V::mul(b[r], scale);
+    }
+    multiply_pairs(t.panel, t.x + i * t.x_stride, t.x_stride, t.pairs, a, b);
+    if (!t.last) {
+        for (int r = 0; r < N; ++r) V::store(sums + r * SPAN, a[r]), V::store(sums + r * SPAN + W, b[r]);
+        return;
+    }
+    const __mmask32 there = t.columns >= SPAN ? ~__mmask32(0) : (__mmask32(1) << t.columns) - 1;
+    const F low = t.bias ? _mm512_maskz_loadu_ps(__mmask16(there), t.bias) : V::set1(0);
+    const F high = t.bias ? _mm512_maskz_loadu_ps(__mmask16(there >> W), t.bias + W) : V::set1(0);
+    for (int r = 0; r < N; ++r) {
+        if (t.bias) a[r] = V::add(a[r], low), b[r] = V::add(b[r], high);
+        if (t.onto) {
+            const __m512i o = _mm512_maskz_loadu_epi16(there, t.onto + (i + r) * t.onto_stride);
+            a[r] = V::add(a[r], upper(_mm512_castsi512_si256(o)));
+            b[r] = V::add(b[r], upper(_mm512_extracti64x4_epi64(o, 1)));
+        }
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b[r], a[r]);
+        if (t.columns >= SPAN) _mm512_storeu_si512(y + r * t.y_stride, both);  // masked stores of halves are slow
+        else _mm512_mask_storeu_epi16(y + r * t.y_stride, there, both);
+    }
+}
+
+void multiply_rows(const Tile& t, int64_t first, int64_t last, Fetch& next) {
+    const int64_t some = (next.n * 12 + last - first - 1) / (last - first);
+    int64_t i = first;
+    for (; i + 12 <= last; i += 12) next.some(some), tile<12>(t, i);
+    for (; i + 4 <= last; i += 4) tile<4>(t, i);
+    for (; i < last; ++i) tile<1>(t, i);
+}
+
+int64_t wide_scratch(int64_t rows) {  // bytes a thread needs for so many rows at a time
+    return (PANELS * SPAN * (rows + 12) + PANELS * SPAN * (TERMS + LEAD) / 2) * 4 + SPAN * TERMS * 2 + 256;
+}
+
+// Up to PANELS panels of a band, from column c on, for rows [row0, row1)
+void wide_group(const Band& b, int64_t c, int64_t columns, int64_t row0, int64_t row1, void* scratch) {
+    Room room = {(char*)scratch};
+    const int64_t rows = row1 - row0;
+    float* sums = room.take<float>(PANELS * SPAN * (rows + 12));
+    uint32_t* panels = room.take<uint32_t>(PANELS * SPAN * TERMS / 2);
+    uint32_t* leads = room.take<uint32_t>(PANELS * SPAN * LEAD / 2);
+    uint16_t* decoded = room.take<uint16_t>(SPAN * TERMS);
+    bool first = true;
+    chunks_of(b, [&](const Chunk& chunk, bool last) {
+        const int64_t apart = SPAN * TERMS / 2, leads_apart = SPAN * LEAD / 2;
+        const Term& of = b.terms[chunk.term];
+        const int64_t fits = X_BYTES / 2 / chunk.depth / 12 * 12, block = fits < 48 ? 48 : fits;
+        for (int64_t r = 0; r < rows; r += block)
+            for (int64_t j = 0; j < columns; j += SPAN) {
+                const int64_t p = j / SPAN, at = c + j;
+                Fetch next = {};
+                if (r == 0) {
+                    turn_chunk(b, chunk, at, least(SPAN, columns - j), decoded, leads + p * leads_apart, panels + p * apart);
+                    next = fetch_of(b, at + SPAN, chunk);
+                }
+                const Tile t = {
+                    leads + p * leads_apart, panels + p * apart,
+                    chunk.lead ? b.terms[0].x + row0 * b.terms[0].x_stride : nullptr, of.x + row0 * of.x_stride + chunk.k0,
+                    b.terms[0].x_stride, of.x_stride, chunk.lead / 2, chunk.depth / 2, b.terms[0].scale, first, last,
+                    sums + p * (rows + 12) * SPAN, b.bias ? b.bias + at : nullptr,
+                    b.onto ? b.onto + row0 * b.onto_stride + at : nullptr, b.y + row0 * b.y_stride + at,
+                    b.onto_stride, b.y_stride, columns - j,
+                };
+                multiply_rows(t, r, least(rows, r + block), next);
+            }
+        first = false;
+    });
+}
+
+const WideKernels WIDE_KERNELS = {wide_scratch, wide_group, SPAN, PANELS};
+
+}  // namespace
+#endif

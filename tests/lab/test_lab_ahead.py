@@ -1,0 +1,67 @@
+"""What is computed before it is asked for: only while nobody asks, and the same as when it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+from lab_bench import Bench
+
+from deltaw.errors import TargetError
+from deltaw.lab.ahead import QUIET_S, Ahead, jobs_of
+from deltaw.lab.base import Lab
+
+
+def live(ahead: Ahead, inside: Callable[[], object]) -> None:
+    """The life of an application, inside which something happens."""
+
+    async def life() -> None:
+        async with ahead.beside(None):
+            await asyncio.to_thread(inside)
+
+    asyncio.run(life())
+
+
+def test_lab_ahead_jobs_wait_while_a_request_is_answered_and_end_with_the_lab():
+    done: list[int] = []
+    second = threading.Event()
+
+    def jobs() -> Iterator[Callable[[], object]]:
+        yield lambda: done.append(1)
+        yield lambda: (done.append(2), second.set())
+        yield lambda: done.append(3) or threading.Event().wait(0.01)
+
+    ahead = Ahead(jobs)
+
+    def inside() -> None:
+        with ahead.asked():
+            assert not second.wait(2 * QUIET_S)
+            assert done == []
+        assert second.wait(30)
+
+    live(ahead, inside)
+    assert done[:2] == [1, 2]
+    assert "ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_lab_ahead_goes_on_after_what_a_base_cannot_have():
+    done = threading.Event()
+
+    def refused() -> None:
+        raise TargetError("nothing to train")
+
+    live(Ahead(lambda: iter([refused, done.set])), lambda: done.wait(30))
+    assert done.is_set()
+
+
+def test_lab_ahead_what_was_made_is_what_a_picture_says(tiny: Bench, tiny_folder: object):
+    other = Bench(Lab(str(tiny_folder)))
+    for at, job in enumerate(jobs_of(other.lab, other.pictures)):
+        job()
+        if at > 13:  # the counts of methods, and plans of the smallest models
+            break
+    kept = [key for key in other.lab._kept if isinstance(key, tuple) and key[0] == "counted"]
+    assert len(kept) == 7
+    assert other.lab.planned.traces
+    assert other(12, dora=True, bitfit=True) == tiny(12, dora=True, bitfit=True)
