@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Two processes of one thread each, a file of tests at a time, in their own order: the long ones are not the last.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --expect-skips 0
+# A process that dies ends the run; a test that hangs for 20 minutes ends its process, and says where.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0 --timeout 1200 --expect-skips 0
 
 .PHONY: demo test test-all chromium check lint bench pictures docs clean
 

@@ -22,7 +22,8 @@ from deltaw.model.load import (
     refuse_unsupported,
     resolve_base,
 )
-from deltaw.model.starter import fetch_starter, quiet
+from deltaw.model.quiet import quiet
+from deltaw.model.starter import fetch_starter
 
 SMALL = {"vocab_size": 264, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 2,

@@ -73,6 +73,21 @@ def test_environment_variables_are_read_in_cli_only():
 # The public surface --------------------------------------------------------------------------------
 
 
+def test_every_tensor_says_its_dtype():
+    """torch's default dtype belongs to the process, and other threads change it while they load (model/quiet.py)."""
+    makers = {"empty", "zeros", "ones", "full", "rand", "randn", "eye", "linspace", "tensor"}
+    silent, walked = [], 0
+    for path, tree in sources().items():
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            made = ast.unparse(node.func).removeprefix("torch.")
+            if made in makers and ast.unparse(node.func) == f"torch.{made}":
+                walked += 1
+                named = {keyword.arg for keyword in node.keywords}
+                silent += [] if named & {"dtype", "out", None} else [f"{shown(path)}:{node.lineno} torch.{made}"]
+    assert walked > 100
+    assert not silent, f"made in whatever dtype is the default just then: {silent}"
+
+
 def imported_names(tree: ast.Module) -> tuple[set[str], set[str]]:
     """Names that deltaw/__init__.py imports from the package: at once, and for type checkers only."""
 

@@ -107,10 +107,12 @@ class BlockwiseWeight(nn.Module):
         n_blocks = -(-n // block)
         with torch.device("meta"):
             codes = torch.empty(-(-n * cls.levels.bits // 8), dtype=torch.uint8)
-            scales = Scales(torch.empty(n_blocks))
+            scales = Scales(torch.empty(n_blocks, dtype=torch.float32))
             if double_quant:
-                nested = torch.empty(-(-n_blocks // NESTED_BLOCK))
-                scales = Scales(torch.empty(n_blocks, dtype=torch.uint8), nested, _DYNAMIC, torch.empty(()))
+                nested = torch.empty(-(-n_blocks // NESTED_BLOCK), dtype=torch.float32)
+                scales = Scales(
+                    torch.empty(n_blocks, dtype=torch.uint8), nested, _DYNAMIC, torch.empty((), dtype=torch.float32)
+                )
         return cls(Blocks(codes, scales, cls.levels, block, (out_features, in_features)), dtype)
 
     @property

@@ -46,7 +46,7 @@ def second_moment(x: Tensor) -> Tensor:
     Raises BaseError for NaN or infinity.
     """
     rows = x.reshape(-1, x.shape[-1])
-    found = torch.zeros(rows.shape[1], rows.shape[1])
+    found = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32)
     for part in rows.split(4096):
         values = part.float()
         found.addmm_(values.T, values)
@@ -134,7 +134,7 @@ def round_columns(w: Tensor, levels: Levels, scales: Tensor, block: int, factor:
     places = torch.empty(cols, out, dtype=torch.uint8)
     for start in range(0, cols, _GROUP):
         end = min(start + _GROUP, cols)
-        errors = torch.empty(end - start, out)
+        errors = torch.empty(end - start, out, dtype=torch.float32)
         for j in range(start, end):
             places[j], stands_for = nearest(left[j], by_value[j], levels)
             error = torch.div(left[j] - stands_for, factor[j, j], out=errors[j - start])
@@ -148,6 +148,6 @@ def pack(codes: Tensor, levels: Levels) -> Tensor:
     if levels.bits == 8:
         return codes
     if len(codes) % 2:
-        zero = levels.order()[torch.bucketize(torch.zeros(1), levels.bounds())]
+        zero = levels.order()[torch.bucketize(torch.zeros(1, dtype=torch.float32), levels.bounds())]
         codes = torch.cat([codes, zero.to(torch.uint8)])
     return codes[0::2] << 4 | codes[1::2]

@@ -20,4 +20,6 @@ class FP4Weight(BlockwiseWeight):
 
     name: ClassVar[str] = "fp4"
     tool: ClassVar[str] = "bitsandbytes"
-    levels: ClassVar[Levels] = Levels(4, torch.tensor([*_MAGNITUDES, *(0.0 - m for m in _MAGNITUDES)]) / 12.0)
+    levels: ClassVar[Levels] = Levels(
+        4, torch.tensor([*_MAGNITUDES, *(0.0 - m for m in _MAGNITUDES)], dtype=torch.float32) / 12.0
+    )

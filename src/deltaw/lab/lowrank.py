@@ -44,7 +44,7 @@ def singular_values(cut: Cut) -> Tensor:
 
 def normal(*shape: int, seed: int) -> Tensor:
     """Standard normal numbers of a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def spread(values: Tensor) -> float:
@@ -172,10 +172,7 @@ def directions(lab: Lab, c: Any) -> Plain:
                 {"title": f"best of rank {c.rank}", **grid(near[:SIDE, :SIDE], limit)},
                 {"title": "what is missing", **grid((W - near)[:SIDE, :SIDE], limit)},
             ],
-            "curves": [
-                {"name": name, "rank": at, "error": rounded(values[torch.tensor(at)])}
-                for name, values in curves.items()
-            ],
+            "curves": [{"name": name, "rank": at, "error": rounded(values[at])} for name, values in curves.items()],
             "rank": c.rank,
         },
     }

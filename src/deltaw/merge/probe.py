@@ -75,7 +75,7 @@ def _logits(net: PreTrainedModel, ids: Tensor) -> Tensor:
     if kind == "classify":
         return label_logits(net, None, _in_rows(ids, net))
     if kind == "seq2seq":
-        shifted = torch.cat([torch.full((1, 1), start_token(net)), ids[:, :-1]], 1)
+        shifted = torch.cat([torch.full((1, 1), start_token(net), dtype=torch.long), ids[:, :-1]], 1)
         return answer_logits(net, None, ids, shifted)[0]
     logits: Tensor = net(input_ids=ids, use_cache=False).logits[0]
     return logits
@@ -135,6 +135,6 @@ def _tokens(model: Model, adapter: Adapter, text: str) -> tuple[Tensor, str]:
     n = max(1, min(MOST_TOKENS, int(limit)) - len(rows))
     if model.tokenizer is None:
         ids = [byte % vocab for byte in text.encode()]
-        return torch.tensor([ids[:n] + rows]), "bytes"
+        return torch.tensor([ids[:n] + rows], dtype=torch.long), "bytes"
     ids = model.tokenizer(text, truncation=True, max_length=n)["input_ids"]
-    return torch.tensor([ids + rows]), "text"
+    return torch.tensor([ids + rows], dtype=torch.long), "text"

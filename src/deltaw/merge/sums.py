@@ -113,4 +113,4 @@ def drop_mask(shape: tuple[int, ...], density: float, seed: int, where: str, num
     """Which numbers DARE keeps in one tensor of adapter `number`: True with probability `density`."""
     key = hashlib.sha256(f"{seed}|{where}|{number}".encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    return torch.rand(shape, generator=rng) < density
+    return torch.rand(shape, generator=rng, dtype=torch.float32) < density

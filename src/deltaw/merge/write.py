@@ -16,7 +16,7 @@ from deltaw.errors import RunError, WorkFailed
 from deltaw.merge.changes import Change, checked
 from deltaw.merge.checkpoint import FLOATS, Planned, write_shards
 from deltaw.merge.source import Source
-from deltaw.model.starter import quiet
+from deltaw.model.quiet import quiet
 from deltaw.store.files import write_text
 
 PIECE = 1 << 24  # numbers that are compared at once

@@ -62,7 +62,7 @@ class BitFit(MethodSpec):
 
     def init(self, site: LinearSite, start: Start) -> Params:
         if start.bias is None:
-            return {"bias": torch.zeros(site.out_features)}
+            return {"bias": torch.zeros(site.out_features, dtype=torch.float32)}
         return {"bias": start.bias.detach().float().clone()}
 
     def lower(self, site: LinearSite, params: Params, weight: Weight, bias: Tensor | None = None) -> Affine:

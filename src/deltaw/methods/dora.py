@@ -39,8 +39,8 @@ class Dora(LowRank):
     def init(self, site: LinearSite, start: Start) -> Params:
         """A random and B zero, at an embedding A zero and B normal; m the norms of the rows as they are."""
         r = self.rank_at(site)
-        A = torch.zeros(r, site.in_features)
-        B = torch.zeros(site.out_features, r)
+        A = torch.zeros(r, site.in_features, dtype=torch.float32)
+        B = torch.zeros(site.out_features, r, dtype=torch.float32)
         if site.kind == "embedding":
             B.normal_(generator=start.rng)
         else:

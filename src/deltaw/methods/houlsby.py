@@ -58,7 +58,7 @@ class Houlsby(MethodSpec):
         return {"down": (m, d), "down_bias": (m,), "up": (d, m), "up_bias": (d,)}
 
     def init(self, site: BlockSite, start: Start) -> Params:
-        made = {part: torch.zeros(shape) for part, shape in self.shapes(site).items()}
+        made = {part: torch.zeros(shape, dtype=torch.float32) for part, shape in self.shapes(site).items()}
         made["down"].normal_(std=_STD, generator=start.rng)
         return made
 

@@ -68,7 +68,7 @@ class Ia3(MethodSpec):
         return {"l": (1, site.in_features) if self.scales_input(site) else (site.out_features, 1)}
 
     def init(self, site: LinearSite, start: Start) -> Params:
-        return {"l": torch.ones(self.shapes(site)["l"])}
+        return {"l": torch.ones(self.shapes(site)["l"], dtype=torch.float32)}
 
     def lower(self, site: LinearSite, params: Params, weight: Weight, bias: Tensor | None = None) -> Affine:
         gain = params["l"].flatten()

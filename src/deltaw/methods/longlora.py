@@ -62,7 +62,7 @@ class LongLora(LowRank):
     def init(self, site: LinearSite, start: Start) -> Params:
         r = self.rank_at(site)
         A = kaiming(r, site.in_features, start.rng)
-        B = torch.zeros(site.out_features, r)
+        B = torch.zeros(site.out_features, r, dtype=torch.float32)
         if site.kind == "embedding":
             A, B = torch.zeros_like(A), B.normal_(generator=start.rng)
         return with_bias({"A": A, "B": B}, start.bias)

@@ -80,8 +80,8 @@ class Lora(LowRank):
 
     def _random(self, site: LinearSite, rng: torch.Generator) -> Params:
         r = self.rank_at(site)
-        A = torch.zeros(r, site.in_features)
-        B = torch.zeros(site.out_features, r)
+        A = torch.zeros(r, site.in_features, dtype=torch.float32)
+        B = torch.zeros(site.out_features, r, dtype=torch.float32)
         if site.kind == "embedding":
             B.normal_(generator=rng)
         elif self.init_a == "kaiming":
@@ -102,7 +102,7 @@ class Lora(LowRank):
         if self.start == "eva":
             if start.directions is None:
                 raise SpecError("start: eva begins from rows to be learned. Train with a recipe, or attach with rows.")
-            A, B = explained(start.directions, r), torch.zeros(site.out_features, r)
+            A, B = explained(start.directions, r), torch.zeros(site.out_features, r, dtype=torch.float32)
         elif self.start == "loftq":
             A, B = lost(_source(site, start), _dense(start), r, scale)
         elif self.start == "pissa":

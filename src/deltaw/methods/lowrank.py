@@ -195,7 +195,7 @@ def peft_places(config: dict[str, Any]) -> dict[str, Any]:
 def kaiming(rank: int, n_in: int, rng: torch.Generator) -> Tensor:
     """A fresh factor [rank, n_in]: kaiming_uniform_ with a = sqrt(5), which is uniform within 1 / sqrt(n_in)."""
     bound = 1 / math.sqrt(n_in)
-    return torch.empty(rank, n_in).uniform_(-bound, bound, generator=rng)
+    return torch.empty(rank, n_in, dtype=torch.float32).uniform_(-bound, bound, generator=rng)
 
 
 def with_bias(params: Params, bias: Tensor | None) -> Params:

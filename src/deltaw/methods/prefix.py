@@ -59,7 +59,7 @@ class PrefixTuning(Virtual):
         shapes = self.shapes(site)
         if self.projection:
             return fresh_params(shapes, start.rng)
-        return {"vectors": torch.empty(shapes["vectors"]).normal_(std=0.1, generator=start.rng)}
+        return {"vectors": torch.empty(shapes["vectors"], dtype=torch.float32).normal_(std=0.1, generator=start.rng)}
 
     def vectors(self, params: Params, rng: torch.Generator | None = None) -> Tensor:
         if not self.projection:

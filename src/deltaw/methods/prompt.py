@@ -47,7 +47,7 @@ class Prompt(Virtual):
 
     def init(self, site: VirtualSite, start: Start) -> Params:
         n = site.stacks * self.n_tokens
-        fresh = torch.empty(n, site.width)
+        fresh = torch.empty(n, site.width, dtype=torch.float32)
         if self.start == "random" or fresh.is_meta:  # a plan has shapes only, and no tokenizer
             return {"vectors": fresh.uniform_(-0.5, 0.5, generator=start.rng)}
         assert start.weight is not None
@@ -63,7 +63,7 @@ class Prompt(Virtual):
         found = list(start.encode(self.start_text or "")) if start.encode is not None else []
         if not found or max(found) >= n_vocab:
             raise SpecError(f"start_text {self.start_text!r} has no tokens that this base has embeddings for.")
-        return torch.tensor((found * math.ceil(n / len(found)))[:n])
+        return torch.tensor((found * math.ceil(n / len(found)))[:n], dtype=torch.long)
 
     def to_peft(self, sites: list[VirtualSite]) -> dict[str, Any]:
         # PEFT reads TEXT only with the path of a tokenizer, though a finished adapter needs none

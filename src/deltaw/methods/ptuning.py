@@ -69,7 +69,7 @@ class PTuning(Virtual):
     def init(self, site: VirtualSite, start: Start) -> Params:
         shapes = self.shapes(site)
         if self.encoder == "none":
-            return {"vectors": torch.empty(shapes["vectors"]).normal_(generator=start.rng)}
+            return {"vectors": torch.empty(shapes["vectors"], dtype=torch.float32).normal_(generator=start.rng)}
         return fresh_params(shapes, start.rng, self.hidden or site.width)
 
     def vectors(self, params: Params, rng: torch.Generator | None = None) -> Tensor:
@@ -89,7 +89,7 @@ class PTuning(Virtual):
         for layer in range(self.depth):
             weights = [params[name] for name in _lstm(layer)]
             if layer and rng is not None and self.dropout:
-                keep = torch.rand(y.shape, generator=rng) >= self.dropout
+                keep = torch.rand(y.shape, generator=rng, dtype=torch.float32) >= self.dropout
                 y = y * keep.to(y).div_(1 - self.dropout)
             zero = y.new_zeros(2, 1, weights[1].shape[1])
             with torch.backends.cudnn.flags(enabled=False):  # cuDNN has a backward for modules in training mode only

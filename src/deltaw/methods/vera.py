@@ -60,14 +60,17 @@ class Vera(MethodSpec):
         made = {}
         for name, (rows, columns) in self.shared_shapes(sites).items():
             bound = math.sqrt(6 / columns)
-            made[name] = torch.empty(rows, columns).uniform_(-bound, bound, generator=own)
+            made[name] = torch.empty(rows, columns, dtype=torch.float32).uniform_(-bound, bound, generator=own)
         return made
 
     def shapes(self, site: LinearSite, targeted: bool = True) -> dict[str, tuple[int, ...]]:
         return {"d": (self.rank,), "b": (site.out_features,)}
 
     def init(self, site: LinearSite, start: Start) -> Params:
-        return {"d": torch.full((self.rank,), self.d_initial), "b": torch.zeros(site.out_features)}
+        return {
+            "d": torch.full((self.rank,), self.d_initial, dtype=torch.float32),
+            "b": torch.zeros(site.out_features, dtype=torch.float32),
+        }
 
     def lower(self, site: LinearSite, params: Params, weight: Weight, bias: Tensor | None = None) -> Affine:
         A0, B0 = params["A0"][:, : weight.in_features], params["B0"][: weight.out_features]

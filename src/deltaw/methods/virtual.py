@@ -107,7 +107,7 @@ def fresh_params(shapes: dict[str, tuple[int, ...]], rng: torch.Generator, hidde
     """
     made: Params = {}
     for name, shape in shapes.items():
-        value = torch.empty(shape)
+        value = torch.empty(shape, dtype=torch.float32)
         if name == "E":
             made[name] = value.normal_(generator=rng)
             continue

@@ -42,7 +42,7 @@ def windows(net: PreTrainedModel, examples: Sequence[Example], most_tokens: int)
             f"calibration has {n * length:,} tokens (windows of {length}), and the widest map has {widest:,} inputs.\n"
             f"  Give at least {widest:,} tokens of text, better ten times as many."
         )
-    return torch.tensor(ids[: n * length]).view(n, length)
+    return torch.tensor(ids[: n * length], dtype=torch.long).view(n, length)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ class _Factors:
 
     def __init__(self) -> None:
         self._input: Tensor | None = None
-        self._factor = torch.empty(0)
+        self._factor = torch.empty(0, dtype=torch.float32)
 
     def of(self, x: Tensor) -> Tensor:
         if x is not self._input:

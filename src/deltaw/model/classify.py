@@ -73,7 +73,7 @@ def documents_of(batch: Batch) -> list[Batch]:
             Batch(
                 input_ids=batch.input_ids[start:end],
                 positions=batch.positions[start:end],
-                bounds=torch.tensor([0, end - start]),
+                bounds=torch.tensor([0, end - start], dtype=torch.long),
                 predict_at=batch.predict_at[mine] - start,
                 target_ids=batch.target_ids[mine],
             )
@@ -100,7 +100,7 @@ def label_scores(model: Model, texts: Sequence[Sequence[int]], batch_size: int =
     scores: dict[int, Tensor] = {}
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        rows = [torch.tensor(texts[i], device=model.device) for i in part]
+        rows = [torch.tensor(texts[i], dtype=torch.long, device=model.device) for i in part]
         ids, mask = padded(rows, model.net.config.pad_token_id)
         logits = label_logits(model.net, front, ids, mask).float().log_softmax(-1).cpu()
         scores |= dict(zip(part, logits, strict=True))

@@ -142,7 +142,7 @@ def _batch(
             return
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         if len(keep) < len(rows):
-            index = torch.tensor(keep, device=model.device)
+            index = torch.tensor(keep, dtype=torch.long, device=model.device)
             cache.batch_select_indices(index)
             ids, positions, mask = ids[index], positions[index], mask[index]
             rows = [rows[r] for r in keep]

@@ -216,7 +216,7 @@ _STRIDE = 2**45  # between the seeds of a step's documents; a generator folds wh
 
 
 def _uniform(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float32)
 
 
 class EmbeddingHost(Host):

@@ -169,7 +169,7 @@ def make_head(net: PreTrainedModel, missing: Iterable[str], seed: int) -> list[s
     outside = set(_beside(net))
     std = float(getattr(net.config, "initializer_range", 0.02))
     for name in (n for n in tensors if n in wanted & outside and tensors[n].ndim > 1):
-        tensors[name].copy_(torch.randn(tensors[name].shape, generator=rng) * std)
+        tensors[name].copy_(torch.randn(tensors[name].shape, generator=rng, dtype=torch.float32) * std)
     net.fresh_tensors = tuple(n for n in tensors if n in wanted & outside)
     return sorted(wanted - outside)
 

@@ -16,7 +16,8 @@ from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_jso
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.kinds import AUTO, NAMES, folder_kind, has_head, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
-from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space, quiet
+from deltaw.model.quiet import making, quiet
+from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space
 from deltaw.model.unsupported import refuse_unsupported, some
 
 __all__ = [
@@ -68,7 +69,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a base (what resolve_base takes). Raises BaseError when it has none that loads."""
     folder = resolve_base(path_or_name)
     try:
-        with quiet():
+        with making():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds for a missing or broken tokenizer
         raise BaseError(
@@ -106,7 +107,7 @@ def load_transformers(
     plain = read_json(folder / "config.json")
     kind = folder_kind(plain, labels, folder)
     try:
-        with quiet():
+        with making():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config.__dict__.pop("quantization_config", None)
             config = with_labels(config, labels)
@@ -169,7 +170,7 @@ def folder_format(folder: Path) -> Format | None:
 def check_causal(net: PreTrainedModel) -> None:
     """Raise BaseError when a token changes what is computed before it: an encoder, not a causal language model."""
     n_vocab = net.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % n_vocab
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], dtype=torch.long) % n_vocab
     first, second = (net(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in ids)
     scale = float(first.abs().max())
     if ids[0, -1] != ids[1, -1] and not torch.allclose(first, second, rtol=0, atol=1e-5 * scale):

@@ -59,7 +59,7 @@ def pack_answer_logits(net: PreTrainedModel, front: Prefix | None, batch: Batch,
     owner = torch.searchsorted(batch.bounds, batch.predict_at.cpu(), right=True) - 1
     counts = torch.bincount(owner, minlength=batch.n_docs).tolist()
     sources, answers = [], []
-    first = torch.tensor([start_token(net)], device=batch.input_ids.device)
+    first = torch.tensor([start_token(net)], dtype=torch.long, device=batch.input_ids.device)
     for start, end, n in zip(bounds[:-1], bounds[1:], counts, strict=True):
         sources.append(batch.input_ids[start : end - n])
         answers.append(torch.cat([first, batch.input_ids[end - n : end]])[:n])
@@ -113,7 +113,7 @@ def _batch(
     mask = given.get("attention_mask")
     states = net.get_encoder()(**given).last_hidden_state
     cache = decoder_cache(net, front, len(rows), grows=True)
-    last = torch.full((len(rows), 1), start_token(net), device=device)
+    last = torch.full((len(rows), 1), start_token(net), dtype=torch.long, device=device)
     for number in range(how.most):
         out = net(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -133,7 +133,7 @@ def _batch(
             return
         last = chosen[:, None]
         if len(keep) < len(rows):
-            index = torch.tensor(keep, device=device)
+            index = torch.tensor(keep, dtype=torch.long, device=device)
             cache.batch_select_indices(index)
             last, states = last[index], states[index]
             mask = None if mask is None else mask[index]

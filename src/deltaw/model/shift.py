@@ -34,4 +34,6 @@ def shifted_documents(
         moved.append(end)
     if not is_cut:
         return None
-    return Documents.of(torch.tensor(plain), device), Documents.of(torch.tensor(moved), device)
+    return Documents.of(torch.tensor(plain, dtype=torch.long), device), Documents.of(
+        torch.tensor(moved, dtype=torch.long), device
+    )

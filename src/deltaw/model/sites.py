@@ -55,9 +55,9 @@ def _computes_plainly(kind: type[nn.Linear]) -> bool:
     try:
         with torch.device("cpu"):
             small = kind(5, 3)
-            small.weight.copy_(torch.arange(15.0).reshape(3, 5).sin())
-            small.bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
-            x = torch.arange(10.0).reshape(2, 5).cos()
+            small.weight.copy_(torch.arange(15.0, dtype=torch.float32).reshape(3, 5).sin())
+            small.bias.copy_(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float32))
+            x = torch.arange(10.0, dtype=torch.float32).reshape(2, 5).cos()
             return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-5)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # it wants other arguments: not a plain map
         return False

@@ -16,9 +16,8 @@ import shutil
 import struct
 import subprocess
 import sys
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from deltaw.core.fingerprint import SOURCE_FILE, cache_dir, set_cache_dir
 from deltaw.errors import BaseError, NotFound, WorkFailed, near
+from deltaw.model.quiet import making, quiet
 
 __all__ = [
     "STARTERS",
@@ -36,7 +36,6 @@ __all__ = [
     "convert_gguf",
     "fetch_starter",
     "is_no_space",
-    "quiet",
     "set_cache_dir",
 ]
 
@@ -129,24 +128,6 @@ def convert_gguf(path: Path, *, say: Say | None = None) -> Path:
         _write_gguf_as_folder(path, folder, path.stem, sha256)
 
     return _make_once(cache_dir() / "bases" / f"gguf-{sha256[:16]}", make, tell)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without progress bars, log lines and warnings inside the block; all restored after it."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _silent(_: str) -> None:
@@ -299,7 +280,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its dequantising bar heeds no switch
+        with making(), contextlib.redirect_stderr(io.StringIO()):  # its dequantising bar heeds no switch
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

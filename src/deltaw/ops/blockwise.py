@@ -136,7 +136,7 @@ def quantise_reference(values: Tensor, levels: Levels, block: int) -> tuple[Tens
     if levels.bits == 8:
         return codes, absmax
     if n % 2:
-        codes[-1] = order[torch.bucketize(torch.zeros(1), bounds)]
+        codes[-1] = order[torch.bucketize(torch.zeros(1, dtype=torch.float32), bounds)]
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
@@ -156,7 +156,10 @@ def quantise_dynamic(values: Tensor, table: Tensor, block: int) -> tuple[Tensor,
     if not _runs_native(values) or values.dtype not in calls.DTYPES:
         return quantise_dynamic_reference(values, table, block)
     flat = values.detach().reshape(-1).float().contiguous()
-    codes, absmax = torch.empty(flat.numel(), dtype=torch.uint8), torch.empty(-(-flat.numel() // block))
+    codes, absmax = (
+        torch.empty(flat.numel(), dtype=torch.uint8),
+        torch.empty(-(-flat.numel() // block), dtype=torch.float32),
+    )
     calls.quantise_dynamic(flat, _cells(tuple(table.tolist())), block, codes, absmax)
     return codes, absmax
 

@@ -115,7 +115,10 @@ def flash_backward(
     """(dq, dk, dv) of `ops.attention.attend_backward`; rows: q, k, v, o. Sums of dq are in no fixed order."""
     q, k, v, o = rows
     at, longest = _documents(bounds, q)
-    state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    state, unused = (
+        torch.zeros(2, dtype=torch.uint64, device=q.device),
+        torch.empty(0, device=q.device, dtype=torch.float32),
+    )
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         g, q, k, v, o, lse, at, at, longest, longest, 0.0, True, state, unused, scale=scale, **_seen(window)
     )

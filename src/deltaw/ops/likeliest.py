@@ -32,7 +32,7 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
         values, places = logits.max(-1)
         return values, places
     n, v = logits.shape
-    best, at = torch.empty(n), torch.empty(n, dtype=torch.int64)
+    best, at = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
     task = _Likeliest(logits.data_ptr(), best.data_ptr(), at.data_ptr(), n, v)
     library, path = found
     assert library.deltaw_likeliest(path, torch.get_num_threads(), ctypes.byref(task)) == 0

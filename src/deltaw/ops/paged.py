@@ -94,7 +94,7 @@ def few_rows(x: Tensor, w: Tensor) -> Tensor:
     """
     if library.running() is None or not w.is_cpu:
         return few_rows_reference(x, w)
-    y = torch.empty(x.shape[0], w.shape[0])
+    y = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32)
     calls.dense(x, w, y)
     return y
 

@@ -137,7 +137,9 @@ def with_adapter(model: Model, base: Base, spec: MethodSpec) -> Model:
     """`model`, which `planned_base` made, with a fresh adapter. Raises as `planned_model`."""
     sites = model.places.sites
     if base.format in QUANTISED:
-        model.originals = lambda name: torch.empty(sites[name].out_features, sites[name].in_features, device="meta")
+        model.originals = lambda name: torch.empty(
+            sites[name].out_features, sites[name].in_features, device="meta", dtype=torch.float32
+        )
     rows = [collate([Example((0,) * 4, (False, False, False, True), "planned")])] if spec.calibrates else []
     with Tracer(), torch.device("meta"):
         model.attach(spec, calibration=rows)

@@ -65,7 +65,7 @@ class FastRunner:
         self._turns = _Turns(self._body.rotary_emb)
         self._worn: dict[str, WornOf] = {}
         self._plain: dict[str, str] = {}
-        self._logits = torch.empty(0, self._stepper.net.head.shape[0])
+        self._logits = torch.empty(0, self._stepper.net.head.shape[0], dtype=torch.float32)
 
     def ready(self, resident: Resident) -> WornOf | str:
         """The adapter as a step reads it, or why none does."""
@@ -117,7 +117,7 @@ class FastRunner:
     def _room(self, n: int) -> Tensor:
         """[n, vocab] float32, the same pages step after step: new ones cost more than what is written there."""
         if len(self._logits) < n:
-            self._logits = torch.empty(n, self._stepper.net.head.shape[0])
+            self._logits = torch.empty(n, self._stepper.net.head.shape[0], dtype=torch.float32)
         return self._logits[:n]
 
 
@@ -127,7 +127,7 @@ class _Turns:
     def __init__(self, rotary: Any) -> None:
         self._rotary = rotary
         self._fixed = getattr(rotary, "rope_type", None) in _FIXED_ROPE
-        self._table = (torch.empty(0, 0), torch.empty(0, 0))
+        self._table = (torch.empty(0, 0, dtype=torch.float32), torch.empty(0, 0, dtype=torch.float32))
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[T] -> cos and sin [T, R] float32."""
@@ -139,7 +139,7 @@ class _Turns:
         return self._table[0][positions], self._table[1][positions]
 
     def _made(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary(torch.empty(0), position_ids=positions[None])
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), position_ids=positions[None])
         return cos[0].contiguous(), sin[0].contiguous()
 
 

@@ -107,7 +107,7 @@ class _Attention:
         device = self._batch.ids.device
         length = bounds[which[0] + 1] - bounds[which[0]]
         width = max(-(-(contexts[s] + length) // PAGE_TOKENS) for s in which)
-        index = torch.tensor(which, device=device)
+        index = torch.tensor(which, dtype=torch.long, device=device)
         rows = self._batch.bounds[index, None] + torch.arange(length, device=device)
         return rows, self._batch.tables[index, :width].long(), self._batch.positions[rows]
 

@@ -109,13 +109,14 @@ class Chooser:
         s = self.sampling
         if s.logit_bias:
             ids, biases = zip(*s.logit_bias, strict=True)
-            logits[torch.tensor(ids, device=logits.device)] += torch.tensor(biases, device=logits.device)
+            at = torch.tensor(ids, dtype=torch.long, device=logits.device)
+            logits[at] += torch.tensor(biases, dtype=torch.float32, device=logits.device)
         if s.repetition_penalty != 1.0 and (seen := self._prompt | self.counts.keys()):
-            ids = torch.tensor(sorted(seen), device=logits.device)
+            ids = torch.tensor(sorted(seen), dtype=torch.long, device=logits.device)
             found = logits[ids]
             logits[ids] = torch.where(found > 0, found / s.repetition_penalty, found * s.repetition_penalty)
         if (s.presence_penalty or s.frequency_penalty) and self.counts:
-            ids = torch.tensor(list(self.counts), device=logits.device)
+            ids = torch.tensor(list(self.counts), dtype=torch.long, device=logits.device)
             times = torch.tensor(list(self.counts.values()), dtype=logits.dtype, device=logits.device)
             logits[ids] -= s.presence_penalty + s.frequency_penalty * times
         if self.matcher is not None:
@@ -169,7 +170,7 @@ def _draw_any(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
     The running sum is made of blocks first, then within one of them. logits are written over.
     """
-    temperature = torch.tensor([[c.sampling.temperature] for c in choosers], device=logits.device)
+    temperature = torch.tensor([[c.sampling.temperature] for c in choosers], dtype=torch.float32, device=logits.device)
     weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     whole = weights.shape[1] // _BLOCK * _BLOCK
     parts = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1), weights[:, whole:].sum(-1, keepdim=True)]

@@ -21,7 +21,7 @@ from deltaw.model.base import best_dtype, check_device, load_base, task_before
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.load import load_tokenizer
 from deltaw.model.model import Model
-from deltaw.model.starter import quiet
+from deltaw.model.quiet import quiet
 from deltaw.plan.memory import release_free_memory
 from deltaw.plan.plan import Plan
 from deltaw.store.files import space_explained, whole_folder, write_text

@@ -298,7 +298,7 @@ class Stepper:
             if form.B is not None:
                 out.of[i].rank = rank = form.B.shape[1]
                 unit = 2 if dtype == torch.bfloat16 and reads_pairs() else 1
-                panels = torch.zeros(-(-wide // PANEL), PANEL, -(-rank // unit), unit)
+                panels = torch.zeros(-(-wide // PANEL), PANEL, -(-rank // unit), unit, dtype=torch.float32)
                 panels.view(panels.shape[0] * PANEL, -1)[:wide, :rank] = form.B.detach().float() * form.scale
                 panels = panels.transpose(1, 2)
                 shelf.put(out.of[i], "b", panels, panels.shape, dtype)

@@ -44,7 +44,7 @@ def back(g: Tensor, factor: Tensor | None, u: Tensor | None, scale: float, h: Te
     task = _task(side.shape[1], cols, n, scale, g=g, u=u, h=h)
     if factor is not None:
         _factor(task, factor)
-    sums = None if u is None else torch.empty(-(-n // CHUNK), side.shape[1], cols)
+    sums = None if u is None else torch.empty(-(-n // CHUNK), side.shape[1], cols, dtype=torch.float32)
     if sums is not None:
         task.sums = sums.data_ptr()
     _call(task)

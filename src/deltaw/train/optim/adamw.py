@@ -135,7 +135,11 @@ class AdamW8:
         """This thread's buffers, of which m and v are `n` long."""
         found = getattr(self._local, "buffers", None)
         if found is None or found[1].numel() < n:
-            found = self._local.buffers = Scratch(n), torch.empty(n), torch.empty(n)
+            found = self._local.buffers = (
+                Scratch(n),
+                torch.empty(n, dtype=torch.float32),
+                torch.empty(n, dtype=torch.float32),
+            )
         return found[0], found[1][:n], found[2][:n]
 
 

@@ -38,8 +38,8 @@ class Scratch:
     """Reused buffers for `room` values: x2 float32, one int32."""
 
     def __init__(self, room: int) -> None:
-        self.scaled = torch.empty(room)
-        self.bounds = torch.empty(room)
+        self.scaled = torch.empty(room, dtype=torch.float32)
+        self.bounds = torch.empty(room, dtype=torch.float32)
         self.cells = torch.empty(room, dtype=torch.int32)
 
     bytes_per_value = 13
@@ -61,7 +61,7 @@ class DynamicMap:
         low, high = torch.bucketize(ends.amin(0), bounds), torch.bucketize(ends.amax(0), bounds)
         assert int((high - low)[ends.isfinite().all(0)].amax()) == 1  # a cell holds one bound at most
         self._lowest = low.to(torch.uint8)
-        self._bound = torch.cat([bounds, torch.tensor([torch.inf])])[low]
+        self._bound = torch.cat([bounds, torch.tensor([torch.inf], dtype=torch.float32)])[low]
 
     def quantise(self, x: Tensor, codes: Tensor, absmax: Tensor, scratch: Scratch) -> None:
         """Write the nearest code of each of `x`, and each block's absmax.

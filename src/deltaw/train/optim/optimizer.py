@@ -119,7 +119,7 @@ class Optimizer:
         whole: list[States] = []
         for tensor, step, kinds in zip(self._parameters, self._steps, self._kinds, strict=True):
             given = dict(state.get(tensor, {}))
-            step.copy_(given.pop("step", torch.zeros(())))
+            step.copy_(given.pop("step", torch.zeros((), dtype=torch.float32)))
             wanted = {k.name: (k.dtype, k.size) for k in kinds}
             found = {n: (s.dtype, s.numel()) for n, s in given.items()}
             if given and found != wanted:
