@@ -98,6 +98,7 @@ def test_lab_work_browser_from_a_file_to_a_trained_adapter(work: Page, desk: Des
     page.fill("#field-train-steps", "5")
     page.fill("#field-train-tokens_per_step", "40")
     page.fill("#field-train-threads", "1")
+    page.wait_for_selector("pre[aria-label='The recipe'] >> text=threads: 1")  # what was filled in last
     page.wait_for_selector(".plan .verdict >> text=It fits.")
     work.ready()
     text = page.inner_text("pre[aria-label='The recipe']")
