@@ -49,7 +49,7 @@ def test_ops_maps_equal_autograd_for_every_set_of_parts(parts: frozenset[str], b
         kept = maps.forward(group, x, outs, arena)
         dx = torch.empty_like(x)
         inner = maps.input_gradient(group, kept, grads, dx, arena)
-        of_parts = maps.parameter_gradients(group, kept, inner, grads, x)
+        of_parts = maps.parameter_gradients(group, kept, inner, grads, x, arena)
     for found, value in zip([*outs, dx, *of_parts], [*wanted, *autograd], strict=True):
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_ops_maps_gradient_is_none_where_nothing_trains() -> None:
     with torch.no_grad():
         kept = maps.forward(group, x, [torch.empty_like(g)], arena)
         inner = maps.input_gradient(group, kept, [g], None, arena)
-        a, b, gain = maps.parameter_gradients(group, kept, inner, [g], x)
+        a, b, gain = maps.parameter_gradients(group, kept, inner, [g], x, arena)
     assert a is None
     assert gain is None
     assert b is not None

@@ -123,13 +123,14 @@ def test_it_runs_without_memory():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_row_squares_are_those_of_the_rows_whatever_part_is_widened_at_a_time(monkeypatch, dtype, transposed):
-    w = weight(dtype, transposed).dense(dtype)
-    whole = row_squares(w)
-    monkeypatch.setattr(norm, "_WIDENED", 7 * IN + 5)  # seven rows at a time: the last part is smaller
-    assert torch.equal(row_squares(w), whole)
+    w = weight(dtype, transposed)
+    whole = row_squares(w.parts(dtype))
+    monkeypatch.setattr(norm, "_VALUES", 7 * IN + 5)  # seven rows at a time: the last part is smaller
+    assert len(list(w.parts(dtype))) > 2
+    assert torch.equal(row_squares(w.parts(dtype)), whole)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert whole.dtype == wide
-    torch.testing.assert_close(whole.double(), w.double().square().sum(1), rtol=8 * EPS[wide], atol=0)
+    torch.testing.assert_close(whole.double(), w.dense(torch.float64).square().sum(1), rtol=8 * EPS[wide], atol=0)
 
 
 @pytest.mark.parametrize("format", ["dense", "nf4"])
@@ -141,3 +142,17 @@ def test_a_weight_keeps_its_row_squares_until_it_is_moved(format):
     w.to(torch.float64 if format == "dense" else "cpu")  # the constants of a quantised matrix are float32
     assert w.row_squares() is not first
     torch.testing.assert_close(w.row_squares().double(), first.double(), rtol=8 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("format", ["dense", "conv1d", *QUANTISED])
+@pytest.mark.parametrize("width", [40, 37])
+def test_the_parts_of_a_weight_are_its_rows(monkeypatch, format, dtype, width):
+    torch.manual_seed(0)
+    dense = torch.randn(23, width)
+    plain = {"dense": lambda: DenseWeight(dense), "conv1d": lambda: DenseWeight(dense.T.contiguous(), True)}
+    w = plain[format]() if format in plain else QUANTISED[format].quantised(dense, block=32)
+    monkeypatch.setattr(norm, "_VALUES", 5 * width + 3)
+    parts = list(w.parts(dtype))
+    assert [len(part) for part in parts] == [5, 5, 5, 5, 3]
+    assert torch.equal(torch.cat(parts), w.dense(dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +37,9 @@ class Weight(Protocol):
 
         room   gives a contiguous [out, in] tensor of `dtype` to fill, where a new one would be made
         """
+
+    def parts(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """The rows of `dense`, in order, a MB or less at a time: each [n, in]. Do not write into them."""
 
     def native(self, dtype: torch.dtype) -> Any:
         """Where the compiled products find W in `dtype`: a tensor [out, in] in any strides, pointers to its codes

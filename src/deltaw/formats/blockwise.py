@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,7 +25,7 @@ from deltaw.ops.blockwise import (
     quantise_scales,
 )
 from deltaw.ops.native.calls import Packed
-from deltaw.ops.norm import row_squares
+from deltaw.ops.norm import row_ranges, row_squares
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes knows too."""
@@ -142,6 +142,10 @@ class BlockwiseWeight(nn.Module):
         """W dequantised, [out, in], in `room()` if that is given."""
         return dequantise(self.blocks, dtype, None if room is None else room())
 
+    def parts(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """Rows of W dequantised, [n, in]."""
+        return (dequantise(self.blocks, dtype, rows=rows) for rows in row_ranges(self.out_features, self.in_features))
+
     def native(self, dtype: torch.dtype) -> Packed | None:
         """Pointers to the codes, valid while this weight lives and stays where it is."""
         if self.codes.is_meta:  # traced: nobody reads it
@@ -151,7 +155,7 @@ class BlockwiseWeight(nn.Module):
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W as it computes: [out] float32 (float64 in float64), computed once."""
         if self._squares is None:
-            self._squares = row_squares(self.dense(self.dtype))
+            self._squares = row_squares(self.parts(self.dtype))
         return self._squares
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here

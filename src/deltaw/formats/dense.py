@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.ops.norm import row_squares
+from deltaw.ops.norm import row_ranges, row_squares
 
 
 class DenseWeight(nn.Module):
@@ -71,6 +71,11 @@ class DenseWeight(nn.Module):
         w = self.stored.T if self.transposed else self.stored
         return w.to(dtype)
 
+    def parts(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """Rows of W as [n, in] of `dtype`; in its own memory where that is its dtype."""
+        w = self.dense(self.dtype)
+        return (w[first:last].to(dtype) for first, last in row_ranges(*w.shape))
+
     def native(self, dtype: torch.dtype) -> Tensor | None:
         """Its own memory, where that is in `dtype`."""
         return self.dense(dtype) if self.stored.dtype == dtype else None
@@ -78,7 +83,7 @@ class DenseWeight(nn.Module):
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W: [out] float32 (float64 of a float64 matrix), computed once."""
         if self._squares is None:
-            self._squares = row_squares(self.dense(self.dtype))
+            self._squares = row_squares(self.parts(self.dtype))
         return self._squares
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here

@@ -95,6 +95,10 @@ class StoredWeight:
         """W as [out, in] of `dtype`."""
         return self._now().dense(dtype)
 
+    def parts(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """Rows of W as [n, in] of `dtype`."""
+        return self._now().parts(dtype)
+
     def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
         return self._now(x.dtype).mul(x, bias)

@@ -189,7 +189,7 @@ def _attention_backward(
         outer = maps.input_gradient([half.output], kept.outer, [g], wanted, arena)
         do.zero_().index_copy_(0, rows, wanted)
         flat = flat[rows]
-    of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], flat)
+    of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], flat, arena)
     q, k, v = grads = _heads(half, kept.qkv)  # gradients take the places of what they are of
     how: dict[str, Any] = {"window": half.window, "fronts": pack.fronts, "out": (q, k, v)}
     attend_backward(do.view_as(kept.o), q, k, v, kept.o, kept.lse, pack.bounds, half.scale, **how)
@@ -204,7 +204,7 @@ def _attention_backward(
     parts = _split(kept.qkv, half.inputs)
     inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
-    of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed)
+    of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed, arena)
     of_norm: Grads = [None]
     if dnormed is not None:
         if dx is not None and rows is not None:
@@ -247,12 +247,12 @@ def _ffn_backward(half: FeedForward, kept: _FedForward, g: Tensor, dx: Tensor, a
     dh = arena.borrow(g.shape[0], width, like=g)
     outer = maps.input_gradient([half.output], kept.outer, [g], dh, arena)
     h = gated_backward_(dh, gate, up, half.act, h=arena.borrow(g.shape[0], width, like=g))
-    of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], h)
+    of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], h, arena)
     parts = _split(kept.gate_up, half.inputs)
     dnormed, normed = arena.borrow(*g.shape, like=g), arena.borrow(*g.shape, like=g)
     inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
-    of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed)
+    of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed, arena)
     of_norm = half.norm.backward(dnormed, kept.x, kept.rstd, dx, g)
     return [*of_norm, *of_inputs, *of_output]
 

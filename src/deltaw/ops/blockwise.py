@@ -185,18 +185,24 @@ def quantise_dynamic_reference(values: Tensor, table: Tensor, block: int) -> tup
     return codes.view(-1)[:n].contiguous(), absmax
 
 
-def dequantise(blocks: Blocks, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """W [out, in]: the product is taken in float32 and rounded once to `dtype`.
+def dequantise(
+    blocks: Blocks,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """W [out, in], or its rows from the first to before the second: the product is taken in float32 and rounded once.
 
-    out   a contiguous [out, in] tensor of `dtype` to fill; None, or where it cannot be used: a new one
+    out   a contiguous tensor of that shape and `dtype` to fill; None, or where it cannot be used: a new one
     """
+    first, last = rows or (0, blocks.shape[0])
     if blocks.codes.is_cuda and (dense := cuda.dequantise(blocks, dtype)) is not None:
-        return dense
+        return dense[first:last]
     if not _suits(dtype, blocks):
-        return dequantise_reference(blocks, dtype)
+        return dequantise_reference(blocks, dtype)[first:last]
     if out is None:
-        out = torch.empty(blocks.shape, dtype=dtype, device=blocks.codes.device)
-    _fill(out, blocks, (0, blocks.shape[0]), (0, blocks.shape[1]))
+        out = torch.empty((last - first, blocks.shape[1]), dtype=dtype, device=blocks.codes.device)
+    _fill(out, blocks, (first, last), (0, blocks.shape[1]))
     return out
 
 

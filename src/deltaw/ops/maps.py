@@ -166,8 +166,11 @@ def input_gradient(
         before[-1] = product = arena.borrow(n, m.weight.in_features, like=like)
         products([Band(product, [Term(g, Frozen(m.weight, back=True))])], arena)
         if dx is not None:
-            scaled = product * in_gain.to(g.dtype)
-            dx.add_(scaled) if add else dx.copy_(scaled)
+            gain = in_gain.to(g.dtype)
+            if add:
+                dx.add_(torch.mul(product, gain, out=_lent(product, arena)))
+            else:
+                torch.mul(product, gain, out=dx)
             add = True
     if h is not None and kept.a is not None:
         terms.insert(0, Term(h, kept.a))
@@ -177,7 +180,7 @@ def input_gradient(
 
 
 def parameter_gradients(
-    maps: Sequence[Map], kept: Kept, inner: Inner, grads: Sequence[Tensor], x: Tensor
+    maps: Sequence[Map], kept: Kept, inner: Inner, grads: Sequence[Tensor], x: Tensor, arena: Arena
 ) -> list[Tensor | None]:
     """dL/d of each of `parameters(maps)`, None where it is not trained; x [n, in] as the forward had it."""
     trained = any(t.requires_grad for m in maps if (t := m.part("A")) is not None)
@@ -197,21 +200,29 @@ def parameter_gradients(
         t, product = kept.before_gain[i], inner.before_in_gain[i]
         if t is not None:
             b = m.whole_bias
-            made["out_gain"] = _row_sum(big, t, b)
+            made["out_gain"] = _row_sum(arena, big, t, b)
         if product is not None:
-            made["in_gain"] = _row_sum(product, x)
+            made["in_gain"] = _row_sum(arena, product, x)
         if m.part("bias") is not None:
-            made["bias"] = _row_sum(big)
+            made["bias"] = _row_sum(arena, big)
         found += [made[p].to(t.dtype) if t.requires_grad else None for p in PARTS if (t := m.part(p)) is not None]
     return found
 
 
-def _row_sum(x: Tensor, by: Tensor | None = None, less: Tensor | None = None) -> Tensor:
-    """The sum of the rows of x, or of x (by - less), in float32 at least; a few at a time, for small temporaries."""
+def _row_sum(arena: Arena, x: Tensor, by: Tensor | None = None, less: Tensor | None = None) -> Tensor:
+    """The sum of the rows of x, or of x (by - less), in float32 at least; a few at a time, in borrowed memory."""
     total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    for at in range(0, len(x), _ROWS):
-        part = x[at : at + _ROWS].to(total.dtype)
-        if by is not None:
-            part = part * (by[at : at + _ROWS] if less is None else by[at : at + _ROWS] - less.to(by.dtype))
-        total += part.sum(0)
+    rows = min(_ROWS, len(x))
+    with arena.scratch():
+        wide = arena.borrow(rows, x.shape[1], like=x, dtype=total.dtype)
+        other = None if less is None else arena.borrow(rows, x.shape[1], like=x)
+        for at in range(0, len(x), _ROWS):
+            taken = x[at : at + _ROWS]
+            part = wide[: len(taken)].copy_(taken)
+            if by is not None:
+                factor = by[at : at + _ROWS]
+                if less is not None and other is not None:
+                    factor = torch.sub(factor, less.to(by.dtype), out=other[: len(taken)])
+                part.mul_(factor)
+            total += part.sum(0)
     return total

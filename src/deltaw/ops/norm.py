@@ -5,19 +5,31 @@ W [out, in] frozen    A [r, in], B [out, r]    s a number
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from deltaw.core.weight import Weight
 
-_WIDENED = 1 << 22  # values of W in float32 at a time
+_VALUES = 1 << 17  # of W at a time, dense: what is made of them leaves no large holes in the heap
 
 
-def row_squares(w: Tensor) -> Tensor:
-    """The sum of squares of each row of `w` [out, in]: [out], float64 for float64, else float32."""
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    step = max(1, _WIDENED // max(1, w.shape[1]))
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in w.split(step)]
+def row_ranges(n: int, width: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a matrix's n rows of `width` values, so few that what is made of them is small."""
+    step = max(1, _VALUES // max(1, width))
+    return ((first, min(n, first + step)) for first in range(0, n, step))
+
+
+def row_squares(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of squares of each row of W [out, in], given as some rows after the other: [out].
+
+    float64 for float64, else float32.
+    """
+    norms = []
+    for part in parts:
+        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        norms.append(torch.linalg.vector_norm(part, dim=1, dtype=wide))
     return torch.cat(norms).square_()
 
 

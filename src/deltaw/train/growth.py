@@ -11,6 +11,7 @@ from deltaw.core.affine import Affine, merged
 from deltaw.core.site import LinearSite
 from deltaw.core.weight import Weight
 from deltaw.model.model import Model
+from deltaw.ops.norm import row_ranges
 
 TIMES = 20
 """About so often in a run it is measured."""
@@ -49,9 +50,12 @@ def change_squared(form: Affine, weight: Weight) -> float:
     (g_i - 1)^2 |W_i|^2 + 2 g_i (g_i - 1) s B_i (A W_i) + g_i^2 s^2 B_i (A A^T) B_i^T.
     """
     if form.in_gain is not None:
-        dense = weight.dense(torch.float32)
-        bare = Affine(form.A, form.B, form.scale, form.out_gain, form.in_gain)
-        return float((merged(bare, dense)[0] - dense).square().sum(dtype=torch.float64))
+        return sum(
+            float((merged(_rows_of(form, first, last), W)[0] - W).square_().sum(dtype=torch.float64))
+            for (first, last), W in zip(
+                row_ranges(weight.out_features, weight.in_features), weight.parts(), strict=True
+            )
+        )
     n = weight.out_features
     squares = across = torch.zeros(n, dtype=torch.float64, device=weight.row_squares().device)
     if form.A is not None and form.B is not None:
@@ -65,3 +69,9 @@ def change_squared(form: Affine, weight: Weight) -> float:
     g = form.out_gain.double()
     rows = (g - 1).square() * weight.row_squares().double() + 2 * g * (g - 1) * across + g.square() * squares
     return max(0.0, float(rows.sum()))
+
+
+def _rows_of(form: Affine, first: int, last: int) -> Affine:
+    """What a change does to some rows of W, its bias left out."""
+    B, gain = (None if part is None else part[first:last] for part in (form.B, form.out_gain))
+    return Affine(form.A, B, form.scale, gain, form.in_gain)
