@@ -319,3 +319,13 @@ def test_the_bandwidth_loop_reads_every_value(any_path):
         assert library.running() is None
         return
     assert calls.read_sum(torch.ones(1024)) == 1024
+
+
+def test_ops_native_a_first_product_needs_no_room_of_another():
+    program = (
+        "import torch\nfrom deltaw.formats import QUANTISED\n"
+        "w = QUANTISED['int8'].quantised(torch.randn(64, 64))\n"
+        "print(list(w.mul(torch.randn(1, 64)).shape))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 64]"

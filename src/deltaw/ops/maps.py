@@ -214,15 +214,12 @@ def _row_sum(arena: Arena, x: Tensor, by: Tensor | None = None, less: Tensor | N
     total = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     rows = min(_ROWS, len(x))
     with arena.scratch():
-        wide = arena.borrow(rows, x.shape[1], like=x, dtype=total.dtype)
-        other = None if less is None else arena.borrow(rows, x.shape[1], like=x)
+        wide, other = (arena.borrow(rows, x.shape[1], like=x, dtype=total.dtype) for _ in range(2))
         for at in range(0, len(x), _ROWS):
-            taken = x[at : at + _ROWS]
-            part = wide[: len(taken)].copy_(taken)
+            n = min(_ROWS, len(x) - at)
+            part = wide[:n].copy_(x[at : at + n])
             if by is not None:
-                factor = by[at : at + _ROWS]
-                if less is not None and other is not None:
-                    factor = torch.sub(factor, less.to(by.dtype), out=other[: len(taken)])
-                part.mul_(factor)
+                factor = other[:n].copy_(by[at : at + n])  # PyTorch would widen it in memory of its own
+                part.mul_(factor if less is None else factor.sub_(less.to(total.dtype)))
             total += part.sum(0)
     return total

@@ -1,6 +1,7 @@
 // The C interface: which paths this CPU can run, and each operation cut into tasks over torch's own threads.
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "native.h"
 
@@ -38,6 +39,31 @@ const Path* path_at(int at) {
     if (at == 2 && (features & 2)) return path_avx512();
     if (at == 3 && (features & 4)) return path_avx512_bf16();
     return nullptr;
+}
+
+// Memory -------------------------------------------------------------------------------------------------------------
+//
+// What a call needs for itself lies in a stretch of the calling thread's own, which stays for its next call. Taken from
+// the heap and given back each time, such pieces leave holes: what is small settles between them.
+
+struct OwnRoom {
+    char* at = nullptr;
+    size_t size = 0;
+    ~OwnRoom() {
+        if (at) munmap(at, size);
+    }
+};
+
+// `bytes` at a multiple of 64, valid until this thread's next call of it; null without memory
+char* room_of(int64_t bytes) {
+    static thread_local OwnRoom own;
+    if (own.at && size_t(bytes) <= own.size) return own.at;
+    if (own.at) munmap(own.at, own.size);
+    own.size = (size_t(bytes) | 0xffff) + 1;
+    void* found = mmap(nullptr, own.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    own.at = found == MAP_FAILED ? nullptr : (char*)found;
+    if (!own.at) own.size = 0;
+    return own.at;
 }
 
 // Threads ------------------------------------------------------------------------------------------------------------
@@ -180,14 +206,12 @@ DELTAW_API int deltaw_dequantise(int at, int threads, const Dequantise* d) {
 DELTAW_API int deltaw_product(int at, int threads, const Product* p) {
     const Path* path = path_at(at);
     if (!path) return 1;
-    void* room = malloc(size_t(path->product_scratch(*p)) + 64);
-    if (!room) return 2;
-    void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
+    void* scratch = room_of(path->product_scratch(*p));
+    if (!scratch) return 2;
     path->product_prepare(*p, scratch);
     const int64_t cost = p->m.cols * p->m.bits / 8 * (p->n < 8 ? 1 : p->n / 4);
     share([&](int64_t first, int64_t last) { path->product(*p, scratch, first, last); }, p->m.rows, cost, threads,
           PANEL);
-    free(room);
     return 0;
 }
 
@@ -208,7 +232,7 @@ DELTAW_API int deltaw_wide(int at, int threads, const Wide* w, char* room) {
     const int64_t parts = row_parts(w->n, panels, threads), own = up_to(wide.scratch((w->n + parts - 1) / parts), 4096);
     const int64_t units = panels * parts;
     if (!gomp_parallel || threads < 1) threads = 1;
-    char* shelf = (char*)malloc(sizeof(Stretch) * size_t(units + 1) + sizeof(Share) * size_t(threads));
+    char* shelf = room_of(int64_t(sizeof(Stretch)) * (units + 1) + int64_t(sizeof(Share)) * threads);
     if (!shelf) return 2;
     auto* stretches = (Stretch*)shelf;
     auto* shares = (Share*)(stretches + units + 1);
@@ -223,7 +247,6 @@ DELTAW_API int deltaw_wide(int at, int threads, const Wide* w, char* room) {
             wide.group(w->bands[s.band], s.column, s.columns, s.row0, s.row1, room + thread * own);
         });
     }, threads, threads);
-    free(shelf);
     return 0;
 }
 
@@ -304,13 +327,11 @@ DELTAW_API int deltaw_thin(int at, int threads, const Thin* t) {
     const Path* path = path_at(at);
     if (!path || !path->thin) return 1;
     const ThinKernels& thin = *path->thin;
-    void* room = malloc(size_t(thin.scratch(*t)) + 64);
-    if (!room) return 2;
-    void* scratch = (void*)(((uintptr_t)room + 63) & ~uintptr_t(63));
+    void* scratch = room_of(thin.scratch(*t));
+    if (!scratch) return 2;
     thin.prepare(*t, scratch);
     share([&](int64_t first, int64_t last) { thin.back(*t, scratch, first, last); }, (t->n + t->chunk - 1) / t->chunk,
           2 * t->cols * t->chunk, threads);
-    free(room);
     return 0;
 }
 
@@ -331,11 +352,10 @@ DELTAW_API int deltaw_paged(int at, int threads, const Paged* t, const void* k, 
     path->serving->paged_put(v, width, t->type, (void*)t->values, width, slots, n, width, t->dtype);
     Pieces count = {nullptr, 0};
     paged_room(path, *t, threads, count);
-    char* room = (char*)aligned_alloc(64, size_t(count.used + 64));
+    char* room = room_of(count.used + 64);
     if (!room) return 2;
     Pieces pieces = {room, 0};
     paged_attention(path, *t, paged_room(path, *t, threads, pieces), threads);
-    free(room);
     return 0;
 }
 

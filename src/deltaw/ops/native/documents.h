@@ -42,7 +42,7 @@ class Attending {
         const int64_t n_parts = t.docs * (t.heads + t.shared);
         const int64_t scratch_size = up64(path->attention_scratch(t, longest, backward));
         const int64_t lists = up64((2 * t.docs + 1) * int64_t(sizeof(int64_t)));
-        int64_t* ends = (int64_t*)calloc(1, size_t(lists));
+        int64_t* ends = (int64_t*)calloc(1, size_t(lists));  // small; what comes behind depends on it
         if (!ends) return 2;
         int64_t* order = ends + t.docs + 1;
         sort(ends, order);
@@ -50,7 +50,7 @@ class Attending {
         for (int64_t doc = 0; doc < t.docs; ++doc)
             if (front(doc) < 0) floats += t.shared * sums_of(doc, ends[doc + 1] - ends[doc] - 1) * sums_size(doc);
         const int64_t parts_size = up64(n_parts * int64_t(sizeof(Part)));
-        char* room = (char*)aligned_alloc(64, size_t(parts_size + floats * 4 + threads * scratch_size + 64));
+        char* room = room_of(parts_size + floats * 4 + threads * scratch_size + 64);
         if (room) {
             parts = (Part*)room, gathers = parts + t.docs * t.heads, sums = (float*)(room + parts_size);
             char* scratch = room + parts_size + floats * 4;
@@ -60,7 +60,7 @@ class Attending {
             each([&](int64_t at, int64_t thread) { compute(parts[at], scratch + thread * scratch_size); }, n, threads);
             each([&](int64_t at, int64_t) { gather(gathers[at]); }, n_gathers, threads);
         }
-        free(room), free(ends);
+        free(ends);
         return room ? 0 : 2;
     }
 
