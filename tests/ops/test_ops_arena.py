@@ -31,6 +31,30 @@ def test_ops_arena_gives_the_same_memory_again_after_a_lease() -> None:
     assert arena.peak == 128
 
 
+def test_ops_arena_rows_of_a_multiple_of_2_kb_lie_apart_where_it_is_asked() -> None:
+    arena = Arena()
+    for shape in ((5, 1024), (5, 16, 64), (1, 1024), (0, 1024)):
+        lease = arena.lease()
+        made = arena.keep(*shape, like=LIKE, dtype=torch.bfloat16, apart=True)
+        behind = arena.keep(8, like=LIKE)
+        lease.close()
+        assert made.shape == shape
+        assert made.stride(0) == 1056
+        assert made.flatten(1).stride(1) == 1
+        made.fill_(3)
+        behind.fill_(4)
+        assert bool((made == 3).all())
+        size = arena.kept
+        lease.end()
+        counted = Arena()
+        told = counted.keep(*shape, like=LIKE.to("meta"), dtype=torch.bfloat16, apart=True)
+        assert told.stride() == made.stride()
+        assert counted.kept == size - 64
+        assert counted.kept == told.untyped_storage().nbytes()
+    assert arena.keep(5, 1024, like=LIKE, dtype=torch.bfloat16).is_contiguous()
+    assert arena.keep(5, 1000, like=LIKE, dtype=torch.bfloat16, apart=True).is_contiguous()
+
+
 def test_ops_arena_leases_that_end_out_of_order_leave_a_hole_and_no_overlap() -> None:
     arena = Arena()
     held = []

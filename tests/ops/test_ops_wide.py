@@ -63,6 +63,7 @@ def check(bands: list[Band], native: bool) -> None:
         (29, 1400, 96, 256),
         (12, 40, 96, 300),
         (31, 70, 44, 3),
+        (530, 40, 1300, 16),
     ],
 )
 def test_ops_wide_equals_its_sum_in_float64(
@@ -77,6 +78,14 @@ def test_ops_wide_equals_its_sum_in_float64(
         for bias, onto in ((None, None), (torch.randn(wide), strided(n, wide))):
             native = path == "avx512_bf16" and wide_calls.available()
             check([Band(strided(n, wide), given, bias, onto)], native and rank <= wide_calls.LEAD)  # beyond: scaled u
+
+
+def test_ops_wide_equals_its_sum_for_any_number_of_rows() -> None:
+    torch.manual_seed(0)
+    weight = made("dense", 70, 66)
+    for n in range(1, 28):
+        given = [Term(strided(n, 6), drawn(70, 6).T, 0.3), Term(strided(n, 66), Frozen(weight))]
+        check([Band(strided(n, 70), given)], wide_calls.available())
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 ALIGN = 64
 _LEAST = 64 << 20  # where the system grants no more than this, buffers come one by one
+_APART = 2048  # bytes: rows so far apart, or a multiple of it, meet in a few places of each cache
 _HUGE_PAGES = 14  # MADV_HUGEPAGE: fewer page faults, fewer misses of the TLB
 
 
@@ -31,22 +32,25 @@ class _Stack:
         self.used = self.peak = self._size = 0
         self._region: torch.UntypedStorage | None = None
 
-    def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None, apart: bool) -> Tensor:
         dtype = like.dtype if dtype is None else dtype
         if like.device.type not in ("cpu", "meta"):
             return torch.empty(shape, dtype=dtype, device=like.device)
-        end = self.used + -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        gap = ALIGN // dtype.itemsize if apart and strides[0] * dtype.itemsize % _APART == 0 else 0
+        values = math.prod(shape) + gap * max(0, shape[0] - 1)
+        strides[0] += gap
+        end = self.used + -(-values * dtype.itemsize // ALIGN) * ALIGN
         if like.is_meta:  # counted, for plans
             self.used, self.peak = end, max(self.peak, end)
-            return torch.empty(shape, dtype=dtype, device="meta")
+            return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         if self._region is None:
             self._reserve()
         assert self._region is not None
         if end > self._size:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty_strided(shape, strides, dtype=dtype)
         at, self.used = self.used // dtype.itemsize, end
         self.peak = max(self.peak, end)
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         # a tensor of its own on the region: views of one tensor would share its count of changes
         return torch.empty(0, dtype=dtype).set_(self._region, at, shape, strides)
 
@@ -77,16 +81,19 @@ class Arena:
         self._kept, self._borrowed = _Stack(), _Stack()
         self._live = 0
 
-    def keep(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of `shape` in `dtype` (like's), valid as long as the lease it was taken under."""
-        made = self._kept.take(shape, like, dtype)
+    def keep(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None, apart: bool = False) -> Tensor:
+        """An uninitialised tensor of `shape` in `dtype` (like's), valid as long as the lease it was taken under.
+
+        apart   a matrix that products read or write: where rows take a multiple of 2 KB, 64 bytes lie between them
+        """
+        made = self._kept.take(shape, like, dtype, apart)
         if self.told is not None:
             self.told(made, False)
         return made
 
-    def borrow(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def borrow(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None, apart: bool = False) -> Tensor:
         """The same, valid until the end of the `scratch` block around it."""
-        made = self._borrowed.take(shape, like, dtype)
+        made = self._borrowed.take(shape, like, dtype, apart)
         if self.told is not None:
             self.told(made, True)
         return made

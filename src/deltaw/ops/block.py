@@ -149,16 +149,16 @@ def _attention_forward(
 ) -> _Attended:
     """Fill y with x + attention, for all rows or for `rows`."""
     n_tokens, width = x.shape[0], (half.heads + 2 * half.shared) * half.dim
-    qkv = arena.keep(n_tokens, width, like=x)
+    qkv = arena.keep(n_tokens, width, like=x, apart=True)
     raw: Tensor | None = None
     head_rstd: tuple[Tensor, ...] = ()
     with arena.scratch():
-        normed = arena.borrow(*x.shape, like=x)
+        normed = arena.borrow(*x.shape, like=x, apart=True)
         rstd = half.norm.forward(x, normed)
         if half.q_norm is None or half.k_norm is None:
             inner = maps.forward(half.inputs, normed, _split(qkv, half.inputs), arena)
         else:
-            raw = arena.keep(n_tokens, width, like=x)
+            raw = arena.keep(n_tokens, width, like=x, apart=True)
             inner = maps.forward(half.inputs, normed, _split(raw, half.inputs), arena)
             before, after = _heads(half, raw), _heads(half, qkv)
             norms = (half.q_norm, half.k_norm)
@@ -167,7 +167,7 @@ def _attention_forward(
     q, k, v = _heads(half, qkv)
     rotate_(q, pack.cos, pack.sin)
     rotate_(k, pack.cos, pack.sin)
-    o = arena.keep(n_tokens, half.heads, half.dim, like=x)
+    o = arena.keep(n_tokens, half.heads, half.dim, like=x, apart=True)
     _, lse = attend(q, k, v, pack.bounds, half.scale, window=half.window, fronts=pack.fronts, out=o)
     flat, onto = o.flatten(1), x
     if rows is not None:
@@ -181,7 +181,7 @@ def _attention_backward(
 ) -> Grads:
     """Fill dx [T, d]; the gradients of the half's parameters. g [n, d] is of `rows`, or of all."""
     flat = kept.o.flatten(1)
-    do = arena.borrow(*flat.shape, like=flat)
+    do = arena.borrow(*flat.shape, like=flat, apart=True)
     if rows is None:
         outer = maps.input_gradient([half.output], kept.outer, [g], do, arena)
     else:
@@ -199,8 +199,12 @@ def _attention_backward(
     if kept.raw is not None and half.q_norm is not None and half.k_norm is not None:
         for n, d, r, s in zip((half.q_norm, half.k_norm), grads, _heads(half, kept.raw), kept.head_rstd, strict=False):
             of_heads += n.backward(d, r, s, d)
-    normed = arena.borrow(*kept.x.shape, like=flat)
-    dnormed = None if dx is None and not half.norm.weight.requires_grad else arena.borrow(*kept.x.shape, like=flat)
+    normed = arena.borrow(*kept.x.shape, like=flat, apart=True)
+    dnormed = (
+        None
+        if dx is None and not half.norm.weight.requires_grad
+        else arena.borrow(*kept.x.shape, like=flat, apart=True)
+    )
     parts = _split(kept.qkv, half.inputs)
     inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
@@ -228,14 +232,14 @@ class _FedForward:
 def _ffn_forward(half: FeedForward, x: Tensor, y: Tensor, arena: Arena) -> _FedForward:
     """Fill y with x + FFN."""
     width = half.output.weight.in_features
-    gate_up = arena.keep(x.shape[0], 2 * width, like=x)
+    gate_up = arena.keep(x.shape[0], 2 * width, like=x, apart=True)
     with arena.scratch():
-        normed = arena.borrow(*x.shape, like=x)
+        normed = arena.borrow(*x.shape, like=x, apart=True)
         rstd = half.norm.forward(x, normed)
         inner = maps.forward(half.inputs, normed, _split(gate_up, half.inputs), arena)
     with arena.scratch():
         gate, up = gate_up.split(width, dim=1)
-        h = gated(gate, up, half.act, out=arena.borrow(x.shape[0], width, like=x))
+        h = gated(gate, up, half.act, out=arena.borrow(x.shape[0], width, like=x, apart=True))
         outer = maps.forward([half.output], h, [y], arena, onto=x)
     return _FedForward(x, rstd, gate_up, inner, outer)
 
@@ -244,12 +248,12 @@ def _ffn_backward(half: FeedForward, kept: _FedForward, g: Tensor, dx: Tensor, a
     """Fill dx; the gradients of the half's parameters. gate_up is used up."""
     width = half.output.weight.in_features
     gate, up = kept.gate_up.split(width, dim=1)
-    dh = arena.borrow(g.shape[0], width, like=g)
+    dh = arena.borrow(g.shape[0], width, like=g, apart=True)
     outer = maps.input_gradient([half.output], kept.outer, [g], dh, arena)
-    h = gated_backward_(dh, gate, up, half.act, h=arena.borrow(g.shape[0], width, like=g))
+    h = gated_backward_(dh, gate, up, half.act, h=arena.borrow(g.shape[0], width, like=g, apart=True))
     of_output = maps.parameter_gradients([half.output], kept.outer, outer, [g], h, arena)
     parts = _split(kept.gate_up, half.inputs)
-    dnormed, normed = arena.borrow(*g.shape, like=g), arena.borrow(*g.shape, like=g)
+    dnormed, normed = arena.borrow(*g.shape, like=g, apart=True), arena.borrow(*g.shape, like=g, apart=True)
     inner = maps.input_gradient(half.inputs, kept.inner, parts, dnormed, arena)
     half.norm.forward(kept.x, normed)
     of_inputs = maps.parameter_gradients(half.inputs, kept.inner, inner, parts, normed, arena)
@@ -261,14 +265,14 @@ def _ffn_backward(half: FeedForward, kept: _FedForward, g: Tensor, dx: Tensor, a
 
 
 def _result(x: Tensor, rows: Tensor | None, arena: Arena) -> Tensor:
-    return arena.keep(x.shape[0] if rows is None else len(rows), x.shape[1], like=x)
+    return arena.keep(x.shape[0] if rows is None else len(rows), x.shape[1], like=x, apart=True)
 
 
 def _forward(
     block: Block, x: Tensor, pack: Pack, rows: Tensor | None, y: Tensor, arena: Arena
 ) -> tuple[_Attended, _FedForward]:
     """Fill y with the block at x."""
-    between = arena.keep(*y.shape, like=x)
+    between = arena.keep(*y.shape, like=x, apart=True)
     attended = _attention_forward(block.attention, x, pack, rows, between, arena)
     return attended, _ffn_forward(block.ffn, between, y, arena)
 
@@ -311,7 +315,7 @@ class _Fused(torch.autograd.Function):
             raise RuntimeError("A fused block's backward runs once: what it kept is used up.")
         (x, block, pack, rows, arena), kept, result = ctx.what, ctx.kept, ctx.result
         ctx.what = ctx.kept = ctx.result = None
-        g = grads[0].contiguous()
+        g = grads[0] if grads[0].stride(1) == 1 else grads[0].contiguous()
         dx = None if not ctx.needs_input_grad[0] else x if ctx.spend else torch.empty_like(x)
         with arena.lock, arena.scratch():
             if kept is None:
@@ -319,7 +323,7 @@ class _Fused(torch.autograd.Function):
                 kept = (lease, *_forward(block, x, pack, rows, _result(x, rows, arena), arena))
                 lease.close()
             lease, attended, fed = kept
-            between = arena.borrow(*g.shape, like=g)
+            between = arena.borrow(*g.shape, like=g, apart=True)
             with arena.scratch():
                 of_ffn = _ffn_backward(block.ffn, fed, g, between, arena)
             of_attention = _attention_backward(block.attention, attended, between, pack, rows, dx, arena)
