@@ -124,10 +124,10 @@ def test_it_runs_without_memory():
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_row_squares_are_those_of_the_rows_whatever_part_is_widened_at_a_time(monkeypatch, dtype, transposed):
     w = weight(dtype, transposed)
-    whole = row_squares(w.parts(dtype))
+    whole = row_squares(w.parts(dtype), w.out_features)
     monkeypatch.setattr(norm, "_VALUES", 7 * IN + 5)  # seven rows at a time: the last part is smaller
     assert len(list(w.parts(dtype))) > 2
-    assert torch.equal(row_squares(w.parts(dtype)), whole)
+    assert torch.equal(row_squares(w.parts(dtype), w.out_features), whole)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert whole.dtype == wide
     torch.testing.assert_close(whole.double(), w.dense(torch.float64).square().sum(1), rtol=8 * EPS[wide], atol=0)

@@ -13,7 +13,8 @@ from deltaw.model.model import Model
 from deltaw.ops import native
 from deltaw.plan.heap import SETTLED, Heap, most_held
 from deltaw.plan.network import Base, planned_model
-from deltaw.plan.trace import Timeline, Tracer, traced
+from deltaw.plan.timeline import Timeline
+from deltaw.plan.trace import Tracer, traced
 from deltaw.train.loss import sft
 from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
@@ -169,9 +170,9 @@ def test_gradients_that_are_handed_on_come_by_size_within_a_part():
     cause = ["workspace", "workspace", "workspace", "gradients", "gradients", "gradients"]
     copies = [[(3, 5), (0, -5)], [(4, 2), (1, -2)], [(5, 5), (2, -5)]]
     made = [(0, 5), (1, 2), (2, 5)]
-    line = Timeline(made + [e for pair in copies for e in pair], cause)
-    assert line.settled().events == [*made, (3, 2), (1, -2), (4, 5), (0, -5), (5, 5), (2, -5)]
-    apart = Timeline(line.events, cause, [(5, 5, 1)])
+    line = Timeline.of(made + [e for pair in copies for e in pair], cause)
+    assert line.settled().events.tolist() == [list(e) for e in (*made, (3, 2), (1, -2), (4, 5), (0, -5), (5, 5), (2, -5))]
+    apart = Timeline(line.events, line.cause, [(5, 5, 1)])
     assert apart.settled() is apart
 
 

@@ -155,7 +155,7 @@ class BlockwiseWeight(nn.Module):
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W as it computes: [out] float32 (float64 in float64), computed once."""
         if self._squares is None:
-            self._squares = row_squares(self.parts(self.dtype))
+            self._squares = row_squares(self.parts(self.dtype), self.out_features)
         return self._squares
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here

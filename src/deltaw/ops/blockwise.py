@@ -18,6 +18,7 @@ from torch import Tensor
 from deltaw.errors import ShapeError
 from deltaw.ops import cuda
 from deltaw.ops.native import calls, library, wide_calls
+from deltaw.ops.rounds import rounds
 
 NESTED_BLOCK = 256
 """absmax values that share one scale when absmax itself is quantised (double quantisation)."""
@@ -302,14 +303,14 @@ def _product(x: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
         return y.view(*x.shape[:-1], out)
     step = _portion(cols, out, x.element_size())
     scratch = x.new_empty(step * cols)
-    for r0 in range(0, out, step):
-        r1 = min(out, r0 + step)
-        w = scratch[: (r1 - r0) * cols].view(r1 - r0, cols)
-        _fill(w, blocks, (r0, r1), (0, cols))
+    for at in rounds(out, step):
+        rows = at.stop - at.start
+        w = scratch[: rows * cols].view(rows, cols)
+        _fill(w, blocks, (at.start, at.stop), (0, cols))
         if bias is None:
-            torch.mm(flat, w.T, out=y[:, r0:r1])
+            torch.mm(flat, w.T, out=y[:, at])
         else:
-            torch.addmm(bias[r0:r1], flat, w.T, out=y[:, r0:r1])
+            torch.addmm(bias[at], flat, w.T, out=y[:, at])
     return y.view(*x.shape[:-1], out)
 
 
@@ -326,11 +327,11 @@ def _product_t(g: Tensor, blocks: Blocks) -> Tensor:
         return x.view(*g.shape[:-1], cols)
     step = _portion(out, cols, g.element_size())
     scratch = g.new_empty(step * out)
-    for c0 in range(0, cols, step):
-        c1 = min(cols, c0 + step)
-        w = scratch[: out * (c1 - c0)].view(out, c1 - c0)
-        _fill(w, blocks, (0, out), (c0, c1))
-        torch.mm(flat, w, out=x[:, c0:c1])
+    for at in rounds(cols, step):
+        width = at.stop - at.start
+        w = scratch[: out * width].view(out, width)
+        _fill(w, blocks, (0, out), (at.start, at.stop))
+        torch.mm(flat, w, out=x[:, at])
     return x.view(*g.shape[:-1], cols)
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.ops.rounds import rounds
+
 _VALUES = 1 << 18  # of x at a time: 1 MB in float32
 
 
 def _slices(x: Tensor) -> Iterator[slice]:
     """Equal parts of x's rows."""
     parts = max(1, -(-x.numel() // _VALUES))
-    rows = max(1, -(-len(x) // parts))
-    for first in range(0, len(x), rows):
-        yield slice(first, first + rows)
+    return rounds(len(x), max(1, -(-len(x) // parts)))
 
 
 class _ByRows(torch.autograd.Function):

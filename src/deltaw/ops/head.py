@@ -18,6 +18,7 @@ from torch import Tensor
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
 from deltaw.ops.loss import cross_entropy_
+from deltaw.ops.rounds import rounds
 from deltaw.ops.wide import Band, Frozen, Term, products
 
 _CHUNK = 64 << 20  # bytes of logits at a time: fewer rows make the products slower, more gain nothing
@@ -51,8 +52,7 @@ class _HeadLoss(torch.autograd.Function):
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         chunks = max(1, -(-n * vocab * h.element_size() // _CHUNK))
         rows = max(1, -(-n // chunks))
-        for first in range(0, n, rows):
-            at = slice(first, first + rows)
+        for at in rounds(n, rows):
             total += _chunk(h[at], weight, bias, targets[at], arena, None if dh is None else dh[at])
         ctx.dh = dh
         return total

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.ops.native import elementwise_calls as calls
+from deltaw.ops.rounds import rounds
 
 _CHUNK_VALUES = 4_000_000  # logits upcast at a time: 16 MB of float32
 
@@ -40,16 +41,16 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, scale: float, out: 
     # two buffers for all chunks: glibc finds no room for a large buffer where one of its size was freed
     upcast = logits.new_empty(rows, logits.shape[-1], dtype=losses.dtype)
     result = torch.empty_like(upcast)
-    for start in range(0, logits.shape[0], rows):
-        want = targets[start : start + rows]
-        wide = upcast[: len(want)].copy_(logits[start : start + rows])
+    for at in rounds(logits.shape[0], rows):
+        want = targets[at]
+        wide = upcast[: len(want)].copy_(logits[at])
         logp = torch.ops.aten._log_softmax.out(wide, -1, False, out=result[: len(want)])
         row = torch.arange(len(want), device=want.device)
-        losses[start : start + rows] = -logp[row, want]
+        losses[at] = -logp[row, want]
         if out is not None:
             probs = logp.exp_()
             probs[row, want] -= 1.0
-            out[start : start + rows] = probs if scale == 1.0 else probs.mul_(scale)
+            out[at] = probs if scale == 1.0 else probs.mul_(scale)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

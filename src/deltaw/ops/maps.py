@@ -24,6 +24,7 @@ from torch import Tensor
 from deltaw.core.affine import Affine
 from deltaw.core.weight import Weight
 from deltaw.ops.arena import Arena
+from deltaw.ops.rounds import rounds
 from deltaw.ops.thin import thin_back
 from deltaw.ops.wide import Band, Frozen, Term, products
 
@@ -215,11 +216,11 @@ def _row_sum(arena: Arena, x: Tensor, by: Tensor | None = None, less: Tensor | N
     rows = min(_ROWS, len(x))
     with arena.scratch():
         wide, other = (arena.borrow(rows, x.shape[1], like=x, dtype=total.dtype) for _ in range(2))
-        for at in range(0, len(x), _ROWS):
-            n = min(_ROWS, len(x) - at)
-            part = wide[:n].copy_(x[at : at + n])
+        for at in rounds(len(x), _ROWS):
+            n = at.stop - at.start
+            part = wide[:n].copy_(x[at])
             if by is not None:
-                factor = other[:n].copy_(by[at : at + n])  # PyTorch would widen it in memory of its own
+                factor = other[:n].copy_(by[at])  # PyTorch would widen it in memory of its own
                 part.mul_(factor if less is None else factor.sub_(less.to(total.dtype)))
             total += part.sum(0)
     return total

@@ -11,26 +11,30 @@ import torch
 from torch import Tensor
 
 from deltaw.core.weight import Weight
+from deltaw.ops.rounds import rounds
 
 _VALUES = 1 << 17  # of W at a time, dense: what is made of them leaves no large holes in the heap
 
 
 def row_ranges(n: int, width: int) -> Iterator[tuple[int, int]]:
     """Ranges of a matrix's n rows of `width` values, so few that what is made of them is small."""
-    step = max(1, _VALUES // max(1, width))
-    return ((first, min(n, first + step)) for first in range(0, n, step))
+    return ((at.start, at.stop) for at in rounds(n, max(1, _VALUES // max(1, width))))
 
 
-def row_squares(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of squares of each row of W [out, in], given as some rows after the other: [out].
+def row_squares(parts: Iterable[Tensor], n: int) -> Tensor:
+    """The sum of squares of each of the `n` rows of W [n, in], given as some rows after the other: [n].
 
     float64 for float64, else float32.
     """
-    norms = []
+    found: Tensor | None = None
+    first = 0
     for part in parts:
         wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-        norms.append(torch.linalg.vector_norm(part, dim=1, dtype=wide))
-    return torch.cat(norms).square_()
+        found = part.new_empty(n, dtype=wide) if found is None else found
+        torch.linalg.vector_norm(part, dim=1, dtype=wide, out=found[first : first + len(part)])
+        first += len(part)
+    assert found is not None, "a matrix has rows"
+    return found.square_()
 
 
 @torch.no_grad()

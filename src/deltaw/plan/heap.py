@@ -15,10 +15,11 @@ without checkpointing, and fused blocks, where little lies in the heap.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Sequence
-from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deltaw.ops.native.library import running
 
@@ -33,7 +34,7 @@ _STUCK_FROM = 256 << 10
 SETTLED = (-1, 0)
 
 
-def most_held(events: Sequence[tuple[int, int]], storages: int, repeats: int) -> int:
+def most_held(events: Sequence[tuple[int, int]] | NDArray[np.int64], storages: int, repeats: int) -> int:
     """The most that is held when `events` come `repeats` times; what is left of one time goes before the next.
 
     events    (storage, bytes), bytes negative where it is freed; storages are numbered from 0 to `storages`; SETTLED
@@ -41,16 +42,16 @@ def most_held(events: Sequence[tuple[int, int]], storages: int, repeats: int) ->
 
     The compiled form (ops/native/heap.cpp) does what `Heap` does, in a thirtieth of the time.
     """
+    flat = np.ascontiguousarray(events, dtype=np.int64)
     native = running()
     if native is not None:
-        flat = array("q", chain.from_iterable(events))
         native[0].deltaw_heap_peak.restype = ctypes.c_int64
-        numbers = (ctypes.c_int64(n) for n in (len(events), storages, repeats))
-        return int(native[0].deltaw_heap_peak(ctypes.c_void_p(flat.buffer_info()[0]), *numbers))
+        numbers = (ctypes.c_int64(n) for n in (len(flat), storages, repeats))
+        return int(native[0].deltaw_heap_peak(ctypes.c_void_p(flat.ctypes.data), *numbers))
     heap = Heap()
     for _ in range(repeats):
         left = set()
-        for number, size in events:
+        for number, size in flat.tolist():
             if number < 0:
                 heap.settle()
             elif size > 0:

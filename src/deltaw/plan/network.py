@@ -23,6 +23,7 @@ from deltaw.model.load import resolve_base
 from deltaw.model.model import Model
 from deltaw.model.quantised import quantisable
 from deltaw.model.starter import STARTERS, Say
+from deltaw.ops.rounds import watched
 from deltaw.plan.trace import Tracer
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
@@ -141,6 +142,7 @@ def with_adapter(model: Model, base: Base, spec: MethodSpec) -> Model:
             sites[name].out_features, sites[name].in_features, device="meta", dtype=torch.float32
         )
     rows = [collate([Example((0,) * 4, (False, False, False, True), "planned")])] if spec.calibrates else []
-    with Tracer(), torch.device("meta"):
+    tracer = Tracer()
+    with watched(tracer), tracer, torch.device("meta"):
         model.attach(spec, calibration=rows)
     return model

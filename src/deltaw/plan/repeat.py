@@ -10,16 +10,15 @@ the deep network itself has to be traced.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from deltaw.plan.trace import Timeline
+import numpy as np
+
+from deltaw.plan.timeline import Integers, Timeline
 
 UNITS = 4
 """Units of a short network where one comes before the inner ones; one more for each further one."""
-Key = tuple[int, int, int]
-"""A storage of the deep network: (piece, number of its allocation in the piece, unit; 0 outside a pass)."""
 
 
 class Unlike(Exception):
@@ -32,7 +31,7 @@ class _Event:
 
     size: int
     at: tuple[int, int]
-    cause: str = ""
+    cause: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class _Inner:
     """
 
     size: int
-    cause: str
+    cause: int
     at: tuple[int, int]
     step: int = 0
     outer: tuple[int, int] = (0, 0)
@@ -65,19 +64,17 @@ def repeated(line: Timeline, units: int, low: int = 1) -> Timeline:
     made = _Making(units, low)
     for piece, events in enumerate(pieces):
         if piece in passes:
-            order = range(low, units - 1) if labels[piece] == low else range(units - 2, low - 1, -1)
-            for unit in order:
-                made.inner(merged[piece], piece, unit)
+            made.inner(merged[piece], piece, labels[piece] == low)
         elif piece not in inner:
             made.outer(events, inner)
-    made.check()
-    return made.timeline.settled()
+    return made.ended().settled()
 
 
 def _starts(line: Timeline, passes: dict[int, int]) -> list[int]:
     """The first event of each piece, cut so that the inner ones of each pass do the same. Raises Unlike."""
     starts = [0, *(at for _, at, _ in line.parts)]
-    found = [(size, line.cause[number]) for number, size in line.events]
+    causes = line.cause.tolist()
+    found = [(size, causes[number]) for number, size in line.events.tolist()]
     for first in passes:
         inner = slice(first, first + 3)
         for cuts in [after for after, _, _ in line.parts[first - 1 : first + 2]], starts[inner]:
@@ -93,14 +90,15 @@ def _pieces(line: Timeline, starts: list[int]) -> list[list[_Event]]:
     """The events of each piece."""
     pieces: list[list[_Event]] = []
     home: dict[int, tuple[int, int]] = {}
-    for piece, (start, stop) in enumerate(zip(starts, [*starts[1:], len(line.events)], strict=True)):
+    flat, causes = line.events.tolist(), line.cause.tolist()
+    for piece, (start, stop) in enumerate(zip(starts, [*starts[1:], len(flat)], strict=True)):
         events: list[_Event] = []
         made = 0
-        for number, size in line.events[start:stop]:
+        for number, size in flat[start:stop]:
             if size > 0:
                 home[number] = piece, made
                 made += 1
-            events.append(_Event(size, home[number], line.cause[number]))
+            events.append(_Event(size, home[number], causes[number]))
         pieces.append(events)
     return pieces
 
@@ -145,56 +143,81 @@ def _merged(
     return found
 
 
+@dataclass(frozen=True)
+class _Way:
+    """The storages of one way through the inner units: `count` are allocated in each, from number `start` on."""
+
+    start: int
+    count: int
+    up: bool
+
+
 class _Making:
-    """A timeline that grows. Raises Unlike for what is freed twice or by some units only."""
+    """Events that grow, a way through the inner units or an outer piece at a time. Raises Unlike, at the end too."""
 
     def __init__(self, units: int, low: int) -> None:
-        self.timeline = Timeline()
         self._low, self._last = low, units - 2
-        self._alive: dict[Key, int] = {}
+        self._inner = units - 1 - low
+        self._events: list[Integers] = []
+        self._cause: list[int] = []
+        self._outer: dict[tuple[int, int], int] = {}
+        self._ways: dict[int, _Way] = {}
 
-    def inner(self, events: list[_Inner], piece: int, unit: int) -> None:
-        """One unit of a pass."""
-        alive, cause, made = self._alive, self.timeline.cause, self.timeline.events
-        for e in events:
-            if e.size > 0:  # as `_allocate`, which most of the time would go into calling
-                alive[piece, e.at[1], unit] = number = len(cause)
-                cause.append(e.cause)
-                made.append((number, e.size))
-            elif e.step and not self._low <= unit + e.step <= self._last:
-                self._free((*e.outer, 0), e.size)
-            else:
-                self._free((*e.at, unit + e.step), e.size)
+    def inner(self, events: list[_Inner], piece: int, up: bool) -> None:
+        """What all inner units do in a pass, the lowest first or the highest."""
+        causes = [e.cause for e in events if e.size > 0]
+        self._ways[piece] = _Way(len(self._cause), len(causes), up)
+        self._cause += causes * self._inner
+        first = self._low if up else self._last
+        start, more, edges = [], [], []
+        for i, e in enumerate(events):
+            way = self._way(e.at[0])
+            start.append(self._number(way, e.at[1], first + e.step))
+            more.append(way.count if way.up == up else -way.count)
+            if e.step:  # beside the last unit in that direction is no inner one
+                edges.append((-1 if (e.step > 0) == up else 0, i, self._free(e.outer)))
+        found = np.empty((self._inner, len(events), 2), dtype=np.int64)
+        found[:, :, 0] = np.array(start, dtype=np.int64) + np.outer(np.arange(self._inner), more)
+        found[:, :, 1] = [e.size for e in events]
+        for unit, i, number in edges:
+            found[unit, i, 0] = number
+        self._events.append(found.reshape(-1, 2))
 
     def outer(self, events: list[_Event], inner: dict[int, tuple[int, int | None]]) -> None:
         """A piece of another unit, or of none."""
         at = 0
+        found: list[tuple[int, int]] = []
         while at < len(events):
             e = events[at]
             if e.size > 0:
-                self._allocate((*e.at, 0), e.size, e.cause)
+                self._outer[e.at] = number = len(self._cause)
+                self._cause.append(e.cause)
+                found.append((number, e.size))
             elif e.at[0] not in inner:
-                self._free((*e.at, 0), e.size)
+                found.append((self._free(e.at), e.size))
             else:
-                at += self._of_inner(events, at, inner)
+                freed, taken = self._of_inner(events, at, inner)
+                found += freed
+                at += taken
                 continue
             at += 1
+        self._events.append(np.array(found, dtype=np.int64).reshape(-1, 2))
 
-    def _of_inner(self, events: list[_Event], at: int, inner: dict[int, tuple[int, int | None]]) -> int:
-        """Free what inner units hold: those of all, one unit after the other, or those of the neighbour alone.
+    def _of_inner(
+        self, events: list[_Event], at: int, inner: dict[int, tuple[int, int | None]]
+    ) -> tuple[list[tuple[int, int]], int]:
+        """What frees what inner units hold: of all, one unit after the other, or of the neighbour alone.
 
-        Returns how many events that took.
+        Returns (events, how many of the short network's it stands for).
         """
         here = list(_run(events, at, inner))
         there = list(_run(events, at + len(here), inner))
         mine, other = [key for key, _ in here], [key for key, _ in there]
+        sizes = [e.size for e in events[at : at + len(here)]]
         unit = here[0][1]
         if mine == other:
             order = range(self._low, self._last + 1) if unit == self._low else range(self._last, self._low - 1, -1)
-            for n in order:
-                for (key, _), e in zip(here, events[at:], strict=False):
-                    self._free((*key, n), e.size)
-            return len(here) + len(there)
+            return self._of_units(mine, sizes, order), len(here) + len(there)
         elsewhere = {
             (inner[e.at[0]][0], e.at[1])
             for e in events
@@ -202,26 +225,44 @@ class _Making:
         }
         if elsewhere & set(mine):
             raise Unlike("what inner units hold is freed in an order that cannot be repeated")
-        for key, e in zip(mine, events[at:], strict=False):
-            self._free((*key, unit if unit == self._low else self._last), e.size)
-        return len(here)
+        return self._of_units(mine, sizes, [unit if unit == self._low else self._last]), len(here)
 
-    def check(self) -> None:
-        """What is left of one inner unit is left of all."""
-        left = Counter((piece, number) for piece, number, unit in self._alive if unit)
-        if any(n != self._last - self._low + 1 for n in left.values()):
-            raise Unlike("what inner units hold is freed by some only")
+    def _of_units(
+        self, keys: list[tuple[int, int]], sizes: list[int], units: Iterable[int]
+    ) -> list[tuple[int, int]]:
+        held = [(self._way(piece), number, size) for (piece, number), size in zip(keys, sizes, strict=True)]
+        return [(self._number(way, number, unit), size) for unit in units for way, number, size in held]
 
-    def _allocate(self, key: Key, size: int, cause: str) -> None:
-        self._alive[key] = number = len(self.timeline.cause)
-        self.timeline.cause.append(cause)
-        self.timeline.events.append((number, size))
-
-    def _free(self, key: Key, size: int) -> None:
-        number = self._alive.pop(key, None)
-        if number is None:
+    def ended(self) -> Timeline:
+        """The timeline. What is freed was there, and what is left of one inner unit is left of all."""
+        events = np.concatenate(self._events)
+        cause = np.array(self._cause, dtype=np.int64)
+        made, freed = (np.flatnonzero(events[:, 1] > 0), np.flatnonzero(events[:, 1] < 0))
+        numbers = events[freed, 0]
+        left = np.ones(len(cause), dtype=bool)
+        left[numbers] = False
+        if len(cause) - left.sum() != len(numbers) or (made[numbers] > freed).any():
             raise Unlike("what is freed is not there")
-        self.timeline.events.append((number, size))
+        for way in self._ways.values():
+            of_all = left[way.start : way.start + way.count * self._inner].reshape(self._inner, way.count)
+            if (of_all != of_all[0]).any():
+                raise Unlike("what inner units hold is freed by some only")
+        return Timeline(events, cause)
+
+    def _way(self, piece: int) -> _Way:
+        if (found := self._ways.get(piece)) is None:
+            raise Unlike("what is freed is not there")
+        return found
+
+    def _number(self, way: _Way, number: int, unit: int) -> int:
+        """The storage of an inner unit."""
+        return way.start + number + way.count * (unit - self._low if way.up else self._last - unit)
+
+    def _free(self, key: tuple[int, int]) -> int:
+        """The storage of an outer piece that is freed."""
+        if (number := self._outer.pop(key, None)) is None:
+            raise Unlike("what is freed is not there")
+        return number
 
 
 def _run(

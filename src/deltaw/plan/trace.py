@@ -10,10 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,110 +21,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from deltaw.model import fuse
-from deltaw.ops.arena import ALIGN, Arena
+from deltaw.ops.arena import Arena
 from deltaw.ops.block import Block
-from deltaw.plan.heap import SETTLED, most_held
+from deltaw.ops.rounds import watched
+from deltaw.plan.timeline import KEPT, LENT, Timeline
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
-_GONE = 1 << 20
-"""Fewer bytes than these are alive where a graph is gone: the loss and the batch."""
-CAUSES = ("activations", "logits", "workspace", "gradients")
-KEPT, LENT = "kept:", "lent:"
-"""Stand before the cause of what an arena (ops/arena.py) keeps, or lends for a moment: it is no part of the heap."""
-
-
-@dataclass
-class Timeline:
-    """What was allocated and freed, in order.
-
-    events    (storage, bytes), bytes negative where it is freed
-    cause     of each storage, which are numbered as they are allocated: one of CAUSES, behind KEPT or LENT
-    lent      the most bytes that an arena lent at once
-    unseen    what an arena kept at its peak beyond the tensors that were alive: a lease may outlive them
-    parts     (after, at, part): at event `at` an operation first reads this part of the network (`Tracer`); from event
-              `after` on, none reads the part before
-    """
-
-    events: list[tuple[int, int]] = field(default_factory=list)
-    cause: list[str] = field(default_factory=list)
-    parts: list[tuple[int, int, int]] = field(default_factory=list)
-    lent: int = 0
-    unseen: int = 0
-
-    def settled(self) -> Timeline:
-        """The same, where gradients that are handed on one after the other come by size, then by what they copy.
-
-        Autograd leaves their order open, and takes another one in each block. Parts are kept apart.
-        """
-        bounds = {at for part in self.parts for at in part[:2]}
-        events = list(self.events)
-        run: list[int] = []
-        for i in [*self._handed_on(), len(events) + 1]:
-            if run and (i != run[-1] + 2 or i in bounds):
-                pairs = sorted((self.events[a : a + 2] for a in run), key=lambda pair: (pair[0][1], pair[1][0]))
-                events[run[0] : run[-1] + 2] = [event for pair in pairs for event in pair]
-                run = []
-            run.append(i)
-        if events == self.events:
-            return self
-        number: dict[int, int] = {}
-        numbered = [(number.setdefault(n, len(number)), size) for n, size in events]
-        return replace(self, events=numbered, cause=[self.cause[n] for n in number])
-
-    def _handed_on(self) -> list[int]:
-        """The events where a gradient is copied: allocated, and what was computed is freed in the next."""
-        events, cause = self.events, self.cause
-        copies = [i for i, (number, size) in enumerate(events) if size > 0 and cause[number] == "gradients"]
-        return [i for i in copies if events[i + 1 : i + 2] and events[i + 1][1] == -events[i][1]]
-
-    def peak(self) -> dict[str, int]:
-        """Bytes by cause at the moment when most is alive."""
-        alive = list(accumulate((size for _, size in self.events), initial=0))
-        at = alive.index(max(alive))
-        found = dict.fromkeys(CAUSES, 0)
-        for number, size in self.events[:at]:
-            found[self.cause[number].rpartition(":")[2]] += size
-        return found
-
-    def arena(self) -> int:
-        """Bytes that an arena touches. Its two stacks grow to their own peaks, and never shrink."""
-        return self.kept() + self.unseen + self.lent
-
-    def kept(self) -> int:
-        """The most bytes of tensors that an arena kept at once, in its steps of ALIGN."""
-        now = most = 0
-        for number, size in self.events:
-            if self.cause[number].startswith(KEPT):
-                now += -(-abs(size) // ALIGN) * (ALIGN if size > 0 else -ALIGN)
-                most = max(most, now)
-        return most
-
-    def held(self, repeats: int = 3) -> int:
-        """The most that glibc's heap holds when the work is done `repeats` times, one after the other.
-
-        What is left of a time, gradients, goes with its step.
-        """
-        events: list[tuple[int, int]] = []
-        of_graph = 0
-        for number, size in self.events:
-            if self.cause[number].startswith((KEPT, LENT)):
-                continue
-            events.append((number, size))
-            of_graph += size if self.cause[number] != "gradients" else 0
-            if size < 0 and of_graph < _GONE:
-                events.append(SETTLED)
-        return most_held(events, len(self.cause), repeats)
 
 
 class Tracer(TorchDispatchMode):
-    """Inside, operations on meta tensors run and are recorded; `timeline` is the record.
+    """Inside, operations on meta tensors run and are recorded; `ended` gives the record.
 
     known   tensors that are there already and are not counted
     wide    the vocabulary: a tensor with this many columns is counted as logits
-    parts   a part's number -> its tensors; `timeline.parts` says when operations go from one part to another
+    parts   a part's number -> its tensors; the record's `parts` say when operations go from one part to another
 
     What an operation makes is the same for the same shapes: it is worked out once, and what only writes into tensors
     that are there is not worked out at all.
@@ -136,16 +47,19 @@ class Tracer(TorchDispatchMode):
         self, known: Iterable[Tensor] = (), wide: int | None = None, parts: Mapping[int, Iterable[Tensor]] | None = None
     ) -> None:
         super().__init__()
-        self.timeline = Timeline()
+        self._events: list[tuple[int, int]] = []
+        self._cause: list[str] = []
+        self._parts: list[tuple[int, int, int]] = []
         self._wide = wide
         self._ids: dict[int, int] = {t.untyped_storage()._cdata: -1 for t in known}
         self._part_of = {t.untyped_storage()._cdata: n for n, of_one in (parts or {}).items() for t in of_one}
         self._part: int | None = None
         self._after = 0
+        self._arena: Arena | None = None
         self._made: dict[Any, tuple[tuple[Any, ...], ...]] = {}
-        self._refs: dict[int, weakref.ref[Any]] = {}
+        self._refs: dict[int, weakref.ref[Any]] = {}  # by storage, as _ids
         self._alive: dict[int, int] = {}
-        self._phase = self._kept = 0
+        self._phase = self._kept = self._lent = 0
         self._of_phase: dict[int, int] = {}
         self._in_backward = False
 
@@ -178,7 +92,7 @@ class Tracer(TorchDispatchMode):
             if t.is_meta:
                 self._see(t)
         if in_part:
-            self._after = len(self.timeline.events)
+            self._after = len(self._events)
         return out
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -208,13 +122,13 @@ class Tracer(TorchDispatchMode):
         """From now on this part computes."""
         if part != self._part:
             self._part = part
-            now = len(self.timeline.events)
-            self.timeline.parts.append((self._after, now, part))
-        self._after = len(self.timeline.events)
+            now = len(self._events)
+            self._parts.append((self._after, now, part))
+        self._after = len(self._events)
 
     def begin(self, part: int) -> None:
         """The same, where it is known to begin here."""
-        self._after = len(self.timeline.events)
+        self._after = len(self._events)
         self.enter(part)
 
     def _read(self, tensors: list[Tensor]) -> bool:
@@ -229,36 +143,70 @@ class Tracer(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._ids or size == 0:
             return
-        number = len(self.timeline.cause)
+        number = len(self._cause)
         self._ids[key] = number
         self._alive[number] = size
         self._of_phase[number] = self._phase
         is_logits = t.ndim > 1 and t.shape[-1] == self._wide
-        self.timeline.cause.append("logits" if is_logits else "workspace")
-        self.timeline.events.append((number, size))
-        self._refs[number] = weakref.ref(storage, partial(self._gone, key, number, size))
+        self._cause.append("logits" if is_logits else "workspace")
+        self._events.append((number, size))
+        self._refs[key] = weakref.ref(storage, partial(self._gone, key, size))
 
     def placed(self, arena: Arena, tensor: Tensor, lent: bool) -> None:
         """`tensor`, just made, lies in the arena."""
-        self.timeline.lent = max(self.timeline.lent, arena.borrowed)
+        self._arena = arena
+        self._lent = max(self._lent, arena.borrowed)
         self._kept = max(self._kept, arena.kept)
         number = self._ids.get(tensor.untyped_storage()._cdata, -1)
         if number >= 0:
-            self.timeline.cause[number] = (LENT if lent else KEPT) + self.timeline.cause[number]
+            self._cause[number] = (LENT if lent else KEPT) + self._cause[number]
 
-    def _gone(self, key: int, number: int, size: int, _: Any) -> None:
-        self._ids.pop(key, None)
-        self._refs.pop(number, None)
-        if self._alive.pop(number, None) is not None:
-            self.timeline.events.append((number, -size))
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        number = self._ids.pop(key)
+        del self._refs[key]
+        del self._alive[number]
+        self._events.append((number, -size))
+
+    def mark(self) -> tuple[int, ...]:
+        """As `ops.rounds.Watcher`."""
+        arena = self._arena
+        stacks = (0, 0) if arena is None else (arena.kept, arena.borrowed)
+        return len(self._events), len(self._cause), self._after, len(self._parts), self._phase, *stacks
+
+    def again(self, marks: list[tuple[int, ...]], times: int) -> bool:
+        """As `ops.rounds.Watcher`: a round stands for others if it did what the one before did, to what that left."""
+        if marks[-1] == marks[-2]:
+            return True  # nothing was allocated or freed
+        if len(marks) < 3 or not marks[-3][3:] == marks[-2][3:] == marks[-1][3:]:
+            return False
+        (first, made, read, *_), (second, then, read_2, *_), (end, now, read_3, *_) = marks[-3:]
+        shift = now - then
+        one, two = self._events[first:second], self._events[second:end]
+        causes = self._cause[then:now]
+        if [(n + shift, size) for n, size in one] != two or self._cause[made:then] != causes:
+            return False
+        if any(n in self._alive for n in range(made, then)) or any(c.startswith(KEPT) for c in causes):
+            return False  # what they keep adds up
+        if read_3 - read_2 != read_2 - read:
+            return False
+        for i in range(1, times + 1):
+            self._events += [(n + i * shift, size) for n, size in two]
+            self._cause += causes
+        self._after += times * (read_3 - read_2)
+        for key in [key for key, number in self._ids.items() if number >= then]:
+            number = self._ids[key]
+            self._ids[key] = moved = number + times * shift
+            self._alive[moved] = self._alive.pop(number)
+            self._of_phase[moved] = self._of_phase.pop(number)
+        return True
 
     def _turn(self, backward: bool) -> None:
         """Where a backward begins: what the forward made and is still alive was kept for it."""
         if backward:
             for number in self._alive:
-                place, _, cause = self.timeline.cause[number].rpartition(":")
+                place, _, cause = self._cause[number].rpartition(":")
                 if self._of_phase[number] == self._phase and cause == "workspace":
-                    self.timeline.cause[number] = f"{place}:activations" if place else "activations"
+                    self._cause[number] = f"{place}:activations" if place else "activations"
         self._phase += 1
         self._in_backward = backward
 
@@ -267,9 +215,10 @@ class Tracer(TorchDispatchMode):
         self._refs.clear()
         for t in parameters:
             if t.grad is not None and (number := self._ids.get(t.grad.untyped_storage()._cdata, -1)) >= 0:
-                self.timeline.cause[number] = "gradients"
-        self.timeline.unseen = max(0, self._kept - self.timeline.kept())
-        return self.timeline.settled()
+                self._cause[number] = "gradients"
+        line = Timeline.of(self._events, self._cause, self._parts, lent=self._lent)
+        line.unseen = max(0, self._kept - line.kept())
+        return line.settled()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -321,10 +270,12 @@ def traced(
     wide: int,
     parts: Mapping[int, Iterable[Tensor]] | None = None,
     arena: Arena | None = None,
+    whole: bool = False,
 ) -> Timeline:
     """The timeline of `work`, which computes with `known` tensors and adds to the gradients of `parameters`.
 
     arena  whose buffers are told apart from the heap's
+    whole  run every round of every loop. Else rounds that do the same (ops/rounds.py) are run a few times
     """
     tracer = Tracer(known, wide, parts)
     of_parts = [(p, part) for p in parameters if (part := tracer.part_of(p)) is not None]
@@ -332,7 +283,7 @@ def traced(
     arena = Arena() if arena is None else arena
     arena.told = partial(tracer.placed, arena)
     try:
-        with _cpu_attention(), _marked(tracer), tracer:
+        with _cpu_attention(), _marked(tracer), nullcontext() if whole else watched(tracer), tracer:
             work()
     finally:
         arena.told = None

@@ -28,7 +28,8 @@ from deltaw.plan.plan import Counts, Plan, count
 from deltaw.plan.repeat import Unlike, repeated
 from deltaw.plan.rules import rules_of_thumb
 from deltaw.plan.short import Short, is_alike, shortened
-from deltaw.plan.trace import Timeline, traced
+from deltaw.plan.timeline import Timeline
+from deltaw.plan.trace import traced
 from deltaw.train.loss import find_loss
 from deltaw.train.optimizer import plan_optimizer
 from deltaw.train.recipe import Recipe, TrainSpec
@@ -268,6 +269,7 @@ class Planner:
                 wide,
                 None if short is None else short.parts(known),
                 model.arena,
+                self._whole,
             )
         finally:
             for tensor in parameters:

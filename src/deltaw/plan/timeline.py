@@ -1,0 +1,115 @@
+"""What is allocated and freed, in order, and what that comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaw.ops.arena import ALIGN
+from deltaw.plan.heap import SETTLED, most_held
+
+_GONE = 1 << 20
+"""Fewer bytes than these are alive where a graph is gone: the loss and the batch."""
+CAUSES = ("activations", "logits", "workspace", "gradients")
+KEPT, LENT = "kept:", "lent:"
+"""Stand before the cause of what an arena (ops/arena.py) keeps, or lends for a moment: it is no part of the heap."""
+PLACES = ("", KEPT, LENT)
+NAMES = tuple(place + cause for place in PLACES for cause in CAUSES)
+"""What a storage is called. In a timeline its place here stands for it."""
+_GRADIENTS = NAMES.index("gradients")
+Integers = NDArray[np.int64]
+
+
+@dataclass
+class Timeline:
+    """What was allocated and freed, in order.
+
+    events    [n, 2]: (storage, bytes), bytes negative where it is freed
+    cause     of each storage, which are numbered as they are allocated: its place in NAMES
+    lent      the most bytes that an arena lent at once
+    unseen    what an arena kept at its peak beyond the tensors that were alive: a lease may outlive them
+    parts     (after, at, part): at event `at` an operation first reads this part of the network (`Tracer`); from event
+              `after` on, none reads the part before
+    """
+
+    events: Integers
+    cause: Integers
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+    lent: int = 0
+    unseen: int = 0
+
+    @classmethod
+    def of(cls, events: list[tuple[int, int]], cause: list[str], parts: Any = (), **more: int) -> Timeline:
+        """The timeline of a list of events, and the causes by name."""
+        numbers = {name: i for i, name in enumerate(NAMES)}
+        flat = np.array(events, dtype=np.int64).reshape(-1, 2)
+        return cls(flat, np.array([numbers[c] for c in cause], dtype=np.int64), list(parts), **more)
+
+    @property
+    def named(self) -> list[str]:
+        """The cause of each storage by name."""
+        return [NAMES[c] for c in self.cause.tolist()]
+
+    def settled(self) -> Timeline:
+        """The same, where gradients that are handed on one after the other come by size, then by what they copy.
+
+        Autograd leaves their order open, and takes another one in each block. Parts are kept apart.
+        """
+        at = self._handed_on()
+        if len(at) < 2:
+            return self
+        bounds = [event for part in self.parts for event in part[:2]]
+        begins = np.ones(len(at), dtype=bool)
+        begins[1:] = (at[1:] != at[:-1] + 2) | np.isin(at[1:], bounds)
+        numbers, sizes = self.events.T
+        order = np.lexsort((numbers[at + 1], sizes[at], np.cumsum(begins)))
+        if (order[1:] > order[:-1]).all():
+            return self
+        events = self.events.copy()
+        events[at], events[at + 1] = self.events[at[order]], self.events[at[order] + 1]
+        made = events[events[:, 1] > 0, 0]
+        events[:, 0] = np.argsort(made)[events[:, 0]]
+        return replace(self, events=events, cause=self.cause[made])
+
+    def _handed_on(self) -> Integers:
+        """The events where a gradient is copied: allocated, and what was computed is freed in the next."""
+        numbers, sizes = self.events.T
+        copied = (sizes > 0) & (self.cause[numbers] == _GRADIENTS)
+        return np.flatnonzero(copied[:-1] & (sizes[:-1] == -sizes[1:]))
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by cause at the moment when most is alive."""
+        numbers, sizes = self.events.T
+        alive = np.cumsum(sizes)
+        at = int(alive.argmax()) + 1 if len(alive) and alive.max() > 0 else 0
+        what = self.cause[numbers[:at]] % len(CAUSES)
+        return {cause: int(sizes[:at][what == i].sum()) for i, cause in enumerate(CAUSES)}
+
+    def arena(self) -> int:
+        """Bytes that an arena touches. Its two stacks grow to their own peaks, and never shrink."""
+        return self.kept() + self.unseen + self.lent
+
+    def kept(self) -> int:
+        """The most bytes of tensors that an arena kept at once, in its steps of ALIGN."""
+        numbers, sizes = self.events.T
+        here = sizes[self._place()[numbers] == PLACES.index(KEPT)]
+        whole = -(-np.abs(here) // ALIGN) * ALIGN * np.sign(here)
+        return int(np.cumsum(whole).max(initial=0))
+
+    def held(self, repeats: int = 3) -> int:
+        """The most that glibc's heap holds when the work is done `repeats` times, one after the other.
+
+        What is left of a time, gradients, goes with its step.
+        """
+        events = self.events[self._place()[self.events[:, 0]] == 0]
+        numbers, sizes = events.T
+        of_graph = np.cumsum(np.where(self.cause[numbers] == _GRADIENTS, 0, sizes))
+        gone = np.flatnonzero((sizes < 0) & (of_graph < _GONE))
+        return most_held(np.insert(events, gone + 1, SETTLED, axis=0), len(self.cause), repeats)
+
+    def _place(self) -> Integers:
+        """Where each storage lies: its place in PLACES."""
+        return self.cause // len(CAUSES)
