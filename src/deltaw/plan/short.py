@@ -64,10 +64,10 @@ class Short:
 
     def times(self, name: str) -> int:
         """For how many of the deep network it stands: the first inner unit for all that the others do not."""
-        return self._more + 1 if self.unit(name) == self.low else 1
+        return self.more + 1 if self.unit(name) == self.low else 1
 
     @property
-    def _more(self) -> int:
+    def more(self) -> int:
         """How many units the deep network has more."""
         return self.units - few(self.low)
 
@@ -81,13 +81,13 @@ class Short:
             stop = at + 1
             while stop < len(items) and unit is not None and self.unit(items[stop][0]) == unit:
                 stop += 1
-            for one in range(unit, unit + self._more + 1) if unit == self.low else (self._place(unit),):
+            for one in range(unit, unit + self.more + 1) if unit == self.low else (self._place(unit),):
                 found |= {self._renamed(name, one): value for name, value in items[at:stop]}
             at = stop
         return found
 
     def _place(self, unit: int | None) -> int:
-        return unit if unit is None or unit < self.low else self._more + unit  # type: ignore[return-value]
+        return unit if unit is None or unit < self.low else self.more + unit  # type: ignore[return-value]
 
     def _renamed(self, name: str, unit: int) -> str:
         block = self.block(name)

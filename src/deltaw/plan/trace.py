@@ -30,6 +30,9 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
+_MADE: dict[Any, tuple[tuple[Any, ...], ...]] = {}
+"""What operations make of which shapes, for all tracers."""
+_MOST_MADE = 1 << 15
 
 
 class Tracer(TorchDispatchMode):
@@ -39,8 +42,8 @@ class Tracer(TorchDispatchMode):
     wide    the vocabulary: a tensor with this many columns is counted as logits
     parts   a part's number -> its tensors; the record's `parts` say when operations go from one part to another
 
-    What an operation makes is the same for the same shapes: it is worked out once, and what only writes into tensors
-    that are there is not worked out at all.
+    What an operation makes is the same for the same shapes: it is worked out once in a process, and what only writes
+    into tensors that are there is not worked out at all.
     """
 
     def __init__(
@@ -56,16 +59,19 @@ class Tracer(TorchDispatchMode):
         self._part: int | None = None
         self._after = 0
         self._arena: Arena | None = None
-        self._made: dict[Any, tuple[tuple[Any, ...], ...]] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}  # by storage, as _ids
         self._alive: dict[int, int] = {}
         self._phase = self._kept = self._lent = 0
         self._of_phase: dict[int, int] = {}
         self._in_backward = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and being skipped costs every operation a wrapper
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
+        tensors = _tensors((*args, *kwargs.values()))
         on_meta = [t for t in tensors if t.is_meta]
         if on_meta:
             if func is _ITEM:
@@ -82,13 +88,14 @@ class Tracer(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() != -1
         if backward != self._in_backward:
             self._turn(backward)
+        written, makes = _what(func)
         if not on_meta:
             out = func(*args, **kwargs)
-        elif (written := _written(func)) is not None:
+        elif written is not None:
             out = args[0] if written == 0 else kwargs["out"]
         else:
-            out = self._result(func, args, kwargs) if _makes(func) else func(*args, **kwargs)
-        for t in _tensors(out if isinstance(out, list | tuple) else (out,)):
+            out = self._result(func, args, kwargs) if makes else func(*args, **kwargs)
+        for t in (out,) if isinstance(out, Tensor) else _tensors(out) if isinstance(out, list | tuple) else ():
             if t.is_meta:
                 self._see(t)
         if in_part:
@@ -98,14 +105,16 @@ class Tracer(TorchDispatchMode):
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` makes of tensors on the meta device."""
         key = func, _described(args), tuple(kwargs), _described(kwargs.values())
-        found = self._made.get(key)
+        found = _MADE.get(key)
         if found is not None:
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in found]
             return made[0] if len(made) == 1 else tuple(made)
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
         if made and all(isinstance(t, Tensor) and self._is_new(t) for t in made):
-            self._made[key] = tuple((t.size(), t.stride(), t.dtype) for t in made)
+            if len(_MADE) >= _MOST_MADE:
+                _MADE.clear()
+            _MADE[key] = tuple((t.size(), t.stride(), t.dtype) for t in made)
         return out
 
     def _is_new(self, t: Tensor) -> bool:
@@ -221,13 +230,15 @@ class Tracer(TorchDispatchMode):
         return line.settled()
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among an operation's arguments or results, which are values and lists of values."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -244,6 +255,11 @@ def _described(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 @cache
+def _what(func: Any) -> tuple[int | str | None, bool]:
+    """What an operation does: `_written` and `_makes`."""
+    return _written(func), _makes(func)
+
+
 def _written(func: Any) -> int | str | None:
     """Which argument an operation writes and returns, changing no shape: 0, the first, or "out"; None: it does more."""
     results, arguments = func._schema.returns, func._schema.arguments
@@ -256,7 +272,6 @@ def _written(func: Any) -> int | str | None:
     return 0 if owner is arguments[0] else "out" if owner.name == "out" else None
 
 
-@cache
 def _makes(func: Any) -> bool:
     """Whether all that an operation gives is new."""
     results = func._schema.returns

@@ -45,6 +45,9 @@ KERNEL_BYTES = 25_000_000
 """What a run's first steps take beside tensors: the libraries' code that is used for the first time, oneDNN's compiled
 kernels, Python's objects. Measured: 15 to 35 MB (docs/planner.md)."""
 
+_ADAPTED = 2
+"""Networks of one base that are kept with an adapter; the next adapter takes over the oldest."""
+
 _T = TypeVar("_T")
 Key = tuple[Any, ...]
 Documents = Sequence[tuple[int, int]]
@@ -76,6 +79,11 @@ class _Planned:
     model: Model
     counts: Counts
     short: Short | None = None
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the network is no longer the base."""
+        return any(made.spec.trains_base for made in self.model.adapters.values())
 
     def known(self) -> dict[str, Tensor]:
         """The tensors that are there before a step, by name."""
@@ -174,27 +182,44 @@ class Planner:
         key = *self._key(base, recipe), train.optimizer.model_dump_json(), train.threads
         if (found := self._kept.optimizers.get(key)) is not None:
             return found
-        parameters, sites = planned.model.trainable(), planned.model.places.sites
-        if planned.short is not None:
-            parameters = planned.short.whole(parameters)
-            sites = planned.short.sites(sites) if train.optimizer.name == "galore" else {}  # nobody else asks for them
-        return self._kept.keep(self._kept.optimizers, key, optimizer_bytes(parameters, train, sites.values()))
+        return self._kept.keep(self._kept.optimizers, key, self._states(planned, train))
+
+    def _states(self, planned: _Planned, train: TrainSpec) -> int:
+        parameters, sites, short = planned.model.trainable(), planned.model.places.sites, planned.short
+        if short is None:
+            return optimizer_bytes(parameters, train, sites.values())
+        if train.optimizer.paged or train.optimizer.name == "galore":  # what one takes depends on the others
+            return optimizer_bytes(short.whole(parameters), train, short.sites(sites).values())
+        found = optimizer_bytes(parameters, train)
+        inner = {n: t for n, t in parameters.items() if short.times(n) > 1}
+        return found + (short.more * optimizer_bytes(inner, train) if inner else 0)
 
     def _made(self, base: Base, recipe: Recipe) -> _Planned:
         if (found := self._kept.models.get(self._key(base, recipe))) is not None:
+            self._kept.models.move_to_end(self._key(base, recipe))
             return found
         if recipe.adapter.trains_base and base.format != "dense":
             raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
         short = (
             None if self._whole else shortened(base.config, base.labels, low=2 if recipe.adapter.sits == "block" else 1)
         )
-        bare = short and planned_base(replace(base, config=_Hashed(short.config)))
+        bare = short and self._bare(base, short)
         if short is None or bare is None or not is_alike(short, recipe.adapter, bare):
             return self._make_whole(base, recipe)
         model = with_adapter(bare, base, recipe.adapter)
         model.run.blocks = short.blocks
         counts = count(model.net, model.trainable(), *held_and_stored(model, short.times), short.times)
         return self._kept.keep(self._kept.models, self._key(base, recipe), _Planned(model, counts, short))
+
+    def _bare(self, base: Base, short: Short) -> Model:
+        """The short network without an adapter: one that another adapter has left, where there are some."""
+        made = [key for key, planned in self._kept.models.items() if key[0] == base and planned.short == short]
+        free = [key for key in made if not self._kept.models[key].trains_base]
+        if len(free) < _ADAPTED:
+            return planned_base(replace(base, config=_Hashed(short.config)))
+        model = self._kept.models.pop(free[0]).model
+        model.detach()
+        return model
 
     def _make_whole(self, base: Base, recipe: Recipe) -> _Planned:
         model = planned_model(base, recipe.adapter)
