@@ -3,8 +3,6 @@
 #include <stdint.h>
 
 #include <algorithm>
-#include <set>
-#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -17,10 +15,91 @@ struct Piece {
     int64_t size, at;
     bool operator<(const Piece& other) const { return size != other.size ? size < other.size : at < other.at; }
 };
-struct Hash {
-    size_t operator()(int64_t at) const { return size_t(at) >> 4; }
+
+// Places in the heap and a number of each: open addressing, at most half full.
+class Places {
+  public:
+    Places() : cells_(1024, Cell{kNone, 0}) {}
+    const int64_t* find(int64_t at) const {
+        for (size_t i = home(at);; i = next(i)) {
+            if (cells_[i].at == at) return &cells_[i].value;
+            if (cells_[i].at == kNone) return nullptr;
+        }
+    }
+    void put(int64_t at, int64_t value) {  // a place that is not there
+        if (2 * ++n_ > cells_.size()) grow();
+        size_t i = home(at);
+        while (cells_[i].at != kNone) i = next(i);
+        cells_[i] = {at, value};
+    }
+    void erase(int64_t at) {
+        size_t i = home(at);
+        while (cells_[i].at != at) {
+            if (cells_[i].at == kNone) return;
+            i = next(i);
+        }
+        --n_;
+        for (size_t j = next(i); cells_[j].at != kNone; j = next(j)) {  // what was pushed on moves up
+            if (((j - home(cells_[j].at)) & (cells_.size() - 1)) < ((j - i) & (cells_.size() - 1))) continue;
+            cells_[i] = cells_[j];
+            i = j;
+        }
+        cells_[i].at = kNone;
+    }
+
+  private:
+    struct Cell {
+        int64_t at, value;
+    };
+    size_t home(int64_t at) const { return (uint64_t(at) * 0x9E3779B97F4A7C15u >> 20) & (cells_.size() - 1); }
+    size_t next(size_t i) const { return (i + 1) & (cells_.size() - 1); }
+    void grow() {
+        std::vector<Cell> old(2 * cells_.size(), Cell{kNone, 0});
+        old.swap(cells_);
+        for (const Cell& cell : old) {
+            if (cell.at == kNone) continue;
+            size_t i = home(cell.at);
+            while (cells_[i].at != kNone) i = next(i);
+            cells_[i] = cell;
+        }
+    }
+
+    std::vector<Cell> cells_;
+    size_t n_ = 0;
 };
-using Places = std::unordered_map<int64_t, int64_t, Hash>;
+
+// Pieces in order, in runs of at most kRun, so that putting one in moves few.
+class Pieces {
+  public:
+    const Piece* at_least(Piece piece) const {
+        const auto run = run_of(piece);
+        return run == runs_.end() ? nullptr : &*std::lower_bound(run->begin(), run->end(), piece);
+    }
+    void insert(Piece piece) {
+        if (runs_.empty()) return runs_.push_back({piece});
+        auto run = runs_.begin() + (run_of(piece) - runs_.begin());
+        if (run == runs_.end()) --run;
+        run->insert(std::lower_bound(run->begin(), run->end(), piece), piece);
+        if (run->size() <= kRun) return;
+        std::vector<Piece> upper(run->begin() + kRun / 2, run->end());
+        run->resize(kRun / 2);
+        runs_.insert(run + 1, std::move(upper));
+    }
+    void erase(Piece piece) {  // one that is there
+        auto run = runs_.begin() + (run_of(piece) - runs_.begin());
+        run->erase(std::lower_bound(run->begin(), run->end(), piece));
+        if (run->empty()) runs_.erase(run);
+    }
+
+  private:
+    static constexpr size_t kRun = 128;
+    using Runs = std::vector<std::vector<Piece>>;
+    Runs::const_iterator run_of(Piece piece) const {  // the first whose last is not before it
+        return std::lower_bound(runs_.begin(), runs_.end(), piece,
+                                [](const std::vector<Piece>& run, Piece one) { return run.back() < one; });
+    }
+    Runs runs_;
+};
 
 class Heap {
   public:
@@ -31,9 +110,9 @@ class Heap {
     void allocate(int64_t name, int64_t size) {
         size = std::max<int64_t>(32, (size + 23) & ~int64_t(15));
         const int64_t wanted = size + kAskedMore;
-        const auto found = free_.lower_bound({wanted, 0});
+        const Piece* found = free_.at_least({wanted, 0});
         int64_t at = kMapped;
-        if (found != free_.end()) {
+        if (found != nullptr) {
             const int64_t whole = found->size;
             at = found->at;
             take(at, whole);
@@ -78,14 +157,14 @@ class Heap {
         return kAskedMore;
     }
     void give_back(int64_t at, int64_t size) {
-        if (const auto before = start_of_.find(at); before != start_of_.end()) {
-            const int64_t start = before->second;
+        if (const int64_t* before = start_of_.find(at)) {
+            const int64_t start = *before;
             take(start, at - start);
             size += at - start;
             at = start;
         }
-        if (const auto behind = size_at_.find(at + size); behind != size_at_.end()) {
-            const int64_t more = behind->second;
+        if (const int64_t* behind = size_at_.find(at + size)) {
+            const int64_t more = *behind;
             take(at + size, more);
             size += more;
         }
@@ -94,8 +173,8 @@ class Heap {
         if (end_ - at >= 2 * threshold_) end_ = at + kPad;
     }
     void put(int64_t at, int64_t size) {
-        size_at_[at] = size;
-        start_of_[at + size] = at;
+        size_at_.put(at, size);
+        start_of_.put(at + size, at);
         free_.insert({size, at});
     }
     void take(int64_t at, int64_t size) {
@@ -105,7 +184,7 @@ class Heap {
     }
 
     int64_t peak_ = 0, end_ = 0, top_ = 0, mapped_ = 0, threshold_ = kFirst;
-    std::set<Piece> free_;  // the smallest first
+    Pieces free_;
     Places size_at_, start_of_;
     std::vector<int64_t> at_, size_;
     std::vector<Piece> stuck_;
