@@ -14,9 +14,11 @@ from deltaw.plan.heap import SETTLED, most_held
 _GONE = 1 << 20
 """Fewer bytes than these are alive where a graph is gone: the loss and the batch."""
 CAUSES = ("activations", "logits", "workspace", "gradients")
+ADDED = "added:"
+"""Stands before the cause of what is added to a gradient and then given back."""
 KEPT, LENT = "kept:", "lent:"
 """Stand before the cause of what an arena (ops/arena.py) keeps, or lends for a moment: it is no part of the heap."""
-PLACES = ("", KEPT, LENT)
+PLACES = ("", ADDED, KEPT, LENT)
 NAMES = tuple(place + cause for place in PLACES for cause in CAUSES)
 """What a storage is called. In a timeline its place here stands for it."""
 _GRADIENTS = NAMES.index("gradients")
@@ -54,18 +56,20 @@ class Timeline:
         return [NAMES[c] for c in self.cause.tolist()]
 
     def settled(self) -> Timeline:
-        """The same, where gradients that are handed on one after the other come by size, then by what they copy.
+        """The same, in an order of its own where autograd leaves it open, and takes another one in each block.
 
-        Autograd leaves their order open, and takes another one in each block. Parts are kept apart.
+        Gradients that are handed on one after the other come by size, then by what they copy; those that were added to
+        others and are freed one after the other by size, then as they were made. Parts are kept apart.
         """
+        bounds = np.array([event for part in self.parts for event in part[:2]], dtype=np.int64)
+        return self._copies_in_order(bounds)._added_in_order(bounds)
+
+    def _copies_in_order(self, bounds: Integers) -> Timeline:
         at = self._handed_on()
         if len(at) < 2:
             return self
-        bounds = [event for part in self.parts for event in part[:2]]
-        begins = np.ones(len(at), dtype=bool)
-        begins[1:] = (at[1:] != at[:-1] + 2) | np.isin(at[1:], bounds)
         numbers, sizes = self.events.T
-        order = np.lexsort((numbers[at + 1], sizes[at], np.cumsum(begins)))
+        order = np.lexsort((numbers[at + 1], sizes[at], _runs(at, 2, bounds)))
         if (order[1:] > order[:-1]).all():
             return self
         events = self.events.copy()
@@ -73,6 +77,18 @@ class Timeline:
         made = events[events[:, 1] > 0, 0]
         events[:, 0] = np.argsort(made)[events[:, 0]]
         return replace(self, events=events, cause=self.cause[made])
+
+    def _added_in_order(self, bounds: Integers) -> Timeline:
+        at = np.flatnonzero((self.events[:, 1] < 0) & (self._place()[self.events[:, 0]] == PLACES.index(ADDED)))
+        if len(at) < 2:
+            return self
+        numbers, sizes = self.events[at].T
+        order = np.lexsort((numbers, sizes, _runs(at, 1, bounds)))
+        if (order[1:] > order[:-1]).all():
+            return self
+        events = self.events.copy()
+        events[at] = self.events[at[order]]
+        return replace(self, events=events)
 
     def _handed_on(self) -> Integers:
         """The events where a gradient is copied: allocated, and what was computed is freed in the next."""
@@ -104,7 +120,7 @@ class Timeline:
 
         What is left of a time, gradients, goes with its step.
         """
-        events = self.events[self._place()[self.events[:, 0]] == 0]
+        events = self.events[self._place()[self.events[:, 0]] < PLACES.index(KEPT)]
         numbers, sizes = events.T
         of_graph = np.cumsum(np.where(self.cause[numbers] == _GRADIENTS, 0, sizes))
         gone = np.flatnonzero((sizes < 0) & (of_graph < _GONE))
@@ -113,3 +129,11 @@ class Timeline:
     def _place(self) -> Integers:
         """Where each storage lies: its place in PLACES."""
         return self.cause // len(CAUSES)
+
+
+def _runs(at: Integers, step: int, bounds: Integers) -> Integers:
+    """Which run each of the events belongs to: those that come every `step` events, and no bound between them."""
+    begins = np.ones(len(at), dtype=bool)
+    begins[1:] = (at[1:] != at[:-1] + step) | np.isin(at[1:], bounds)
+    found: Integers = np.cumsum(begins)
+    return found

@@ -24,9 +24,10 @@ from deltaw.model import fuse
 from deltaw.ops.arena import Arena
 from deltaw.ops.block import Block
 from deltaw.ops.rounds import watched
-from deltaw.plan.timeline import KEPT, LENT, Timeline
+from deltaw.plan.timeline import ADDED, KEPT, LENT, Timeline
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_ADD = torch.ops.aten.add_.Tensor
 _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
@@ -61,6 +62,7 @@ class Tracer(TorchDispatchMode):
         self._arena: Arena | None = None
         self._refs: dict[int, weakref.ref[Any]] = {}  # by storage, as _ids
         self._alive: dict[int, int] = {}
+        self._added: list[tuple[int, int]] = []
         self._phase = self._kept = self._lent = 0
         self._of_phase: dict[int, int] = {}
         self._in_backward = False
@@ -100,7 +102,13 @@ class Tracer(TorchDispatchMode):
                 self._see(t)
         if in_part:
             self._after = len(self._events)
+        if func is _ADD and backward:
+            self._added.append((self._number(args[0]), self._number(args[1])))
         return out
+
+    def _number(self, value: Any) -> int:
+        """Of a tensor's storage; -1 where it is not counted."""
+        return self._ids.get(value.untyped_storage()._cdata, -1) if isinstance(value, Tensor) else -1
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` makes of tensors on the meta device."""
@@ -166,8 +174,7 @@ class Tracer(TorchDispatchMode):
         self._arena = arena
         self._lent = max(self._lent, arena.borrowed)
         self._kept = max(self._kept, arena.kept)
-        number = self._ids.get(tensor.untyped_storage()._cdata, -1)
-        if number >= 0:
+        if (number := self._number(tensor)) >= 0:
             self._cause[number] = (LENT if lent else KEPT) + self._cause[number]
 
     def _gone(self, key: int, size: int, _: Any) -> None:
@@ -223,8 +230,11 @@ class Tracer(TorchDispatchMode):
         """The record; nothing is added to it from now on. The gradients of `parameters` are called so."""
         self._refs.clear()
         for t in parameters:
-            if t.grad is not None and (number := self._ids.get(t.grad.untyped_storage()._cdata, -1)) >= 0:
+            if t.grad is not None and (number := self._number(t.grad)) >= 0:
                 self._cause[number] = "gradients"
+        for to, number in self._added:
+            if to >= 0 <= number and self._cause[to] == "gradients" and self._cause[number] == "workspace":
+                self._cause[number] = ADDED + "workspace"
         line = Timeline.of(self._events, self._cause, self._parts, lent=self._lent)
         line.unseen = max(0, self._kept - line.kept())
         return line.settled()
