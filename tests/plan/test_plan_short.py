@@ -82,7 +82,10 @@ def test_plan_short_is_the_whole_plan(kind: str, method: str, tmp_path: Path):
         ({"method": "bitfit"}, {}),
         (LORA | {"start": "pissa"}, {}),
         (LORA | {"save_modules": ["norm"]}, {}),
+        ({"method": "dora", "rank": 3, "alpha": 5}, {"micro_tokens": 16, "base": {"dtype": "bfloat16"}}),
         ({"method": "prompt"}, {"checkpointing": True}),
+        ({"method": "prefix", "n_tokens": 3}, {}),
+        ({"method": "prefix", "n_tokens": 3, "projection": False}, {"checkpointing": True, "micro_tokens": 16}),
         ({"method": "ptuning", "encoder": "lstm", "dropout": 0.1}, {"micro_tokens": 16}),
         ({"method": "longlora", "rank": 3, "save_modules": ["norm"]}, {}),
     ],
@@ -106,13 +109,11 @@ def test_plan_short_is_whole_for_formats_optimizers_and_settings(kind: str, adap
         {"targets": r"model\.layers\.\d\.mlp\.up_proj"},
         {"exclude": ["layers.1.self_attn.q_proj"]},
         {"save_modules": ["layers.5.mlp.up_proj"], "targets": ["q_proj"]},
-        {"method": "prefix"},
     ],
     ids=str,
 )
 def test_plan_short_is_not_used_where_blocks_are_told_apart(changes: dict[str, Any], tmp_path: Path):
-    adapter = changes if "method" in changes else {**LORA, **changes}
-    short, whole, is_short = both(folder_of(tmp_path, "llama", 11), adapter)
+    short, whole, is_short = both(folder_of(tmp_path, "llama", 11), {**LORA, **changes})
     assert not is_short
     assert short == whole
 

@@ -171,7 +171,9 @@ def test_gradients_that_are_handed_on_come_by_size_within_a_part():
     copies = [[(3, 5), (0, -5)], [(4, 2), (1, -2)], [(5, 5), (2, -5)]]
     made = [(0, 5), (1, 2), (2, 5)]
     line = Timeline.of(made + [e for pair in copies for e in pair], cause)
-    assert line.settled().events.tolist() == [list(e) for e in (*made, (3, 2), (1, -2), (4, 5), (0, -5), (5, 5), (2, -5))]
+    assert line.settled().events.tolist() == [
+        list(e) for e in (*made, (3, 2), (1, -2), (4, 5), (0, -5), (5, 5), (2, -5))
+    ]
     apart = Timeline(line.events, line.cause, [(5, 5, 1)])
     assert apart.settled() is apart
 

@@ -227,9 +227,7 @@ class _Making:
             raise Unlike("what inner units hold is freed in an order that cannot be repeated")
         return self._of_units(mine, sizes, [unit if unit == self._low else self._last]), len(here)
 
-    def _of_units(
-        self, keys: list[tuple[int, int]], sizes: list[int], units: Iterable[int]
-    ) -> list[tuple[int, int]]:
+    def _of_units(self, keys: list[tuple[int, int]], sizes: list[int], units: Iterable[int]) -> list[tuple[int, int]]:
         held = [(self._way(piece), number, size) for (piece, number), size in zip(keys, sizes, strict=True)]
         return [(self._number(way, number, unit), size) for unit in units for way, number, size in held]
 

@@ -16,6 +16,7 @@ from deltaw.core.site import LinearSite, find_blocks
 from deltaw.core.spec import MethodSpec
 from deltaw.core.targets import select, select_blocks
 from deltaw.errors import DeltawError
+from deltaw.model.attention import packs
 from deltaw.model.empty import network_from
 from deltaw.model.model import Model
 from deltaw.plan.repeat import UNITS
@@ -209,6 +210,12 @@ def _plain(value: Any) -> Any:
     return type(value)
 
 
+def deepen(model: Model, short: Short) -> None:
+    """Let the short network, `model`, offer room in front of every layer of the deep one, though few will read it."""
+    if (cache := model.places.virtual.get("cache")) is not None:
+        model.places.virtual["cache"] = replace(cache, n_layers=short.blocks)
+
+
 def is_alike(short: Short, spec: MethodSpec, model: Model) -> bool:
     """Whether `spec` does the same in every unit of the deep network, so that the short one, `model`, can stand for it.
 
@@ -219,7 +226,7 @@ def is_alike(short: Short, spec: MethodSpec, model: Model) -> bool:
     if spec.trains_base:
         return not spec.save_modules
     if spec.sits not in ("linear", "block"):
-        return spec.sits == "input"  # what lies in the cache has a part for each block
+        return spec.sits == "input" or (model.kind == "causal" and packs(model.net))  # in the cache: see `deepen`
     few = model.places.sites
     sites = list(short.sites(few).values())
     try:

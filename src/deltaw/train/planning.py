@@ -27,7 +27,7 @@ from deltaw.plan.network import Base, find_config, planned_base, planned_model, 
 from deltaw.plan.plan import Counts, Plan, count
 from deltaw.plan.repeat import Unlike, repeated
 from deltaw.plan.rules import rules_of_thumb
-from deltaw.plan.short import Short, is_alike, shortened
+from deltaw.plan.short import Short, deepen, is_alike, shortened
 from deltaw.plan.timeline import Timeline
 from deltaw.plan.trace import traced
 from deltaw.train.loss import find_loss
@@ -200,11 +200,9 @@ class Planner:
             return found
         if recipe.adapter.trains_base and base.format != "dense":
             raise RecipeError(f"method 'full' trains the base itself; in {base.format} it is only read. Use dense.")
-        short = (
-            None if self._whole else shortened(base.config, base.labels, low=2 if recipe.adapter.sits == "block" else 1)
-        )
-        bare = short and self._bare(base, short)
-        if short is None or bare is None or not is_alike(short, recipe.adapter, bare):
+        low = 2 if recipe.adapter.sits in ("block", "cache") else 1  # where a backward ends before the first block
+        short = None if self._whole else shortened(base.config, base.labels, low)
+        if short is None or not is_alike(short, recipe.adapter, bare := self._bare(base, short)):
             return self._make_whole(base, recipe)
         model = with_adapter(bare, base, recipe.adapter)
         model.run.blocks = short.blocks
@@ -216,7 +214,9 @@ class Planner:
         made = [key for key, planned in self._kept.models.items() if key[0] == base and planned.short == short]
         free = [key for key in made if not self._kept.models[key].trains_base]
         if len(free) < _ADAPTED:
-            return planned_base(replace(base, config=_Hashed(short.config)))
+            model = planned_base(replace(base, config=_Hashed(short.config)))
+            deepen(model, short)
+            return model
         model = self._kept.models.pop(free[0]).model
         model.detach()
         return model
