@@ -31,6 +31,7 @@ _ADD = torch.ops.aten.add_.Tensor
 _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
+_META = torch.device("meta")
 _MADE: dict[Any, tuple[tuple[Any, ...], ...]] = {}
 """What operations make of which shapes, for all tracers."""
 _MOST_MADE = 1 << 15
@@ -73,7 +74,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors((*args, *kwargs.values()))
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
         on_meta = [t for t in tensors if t.is_meta]
         if on_meta:
             if func is _ITEM:
@@ -86,7 +87,12 @@ class Tracer(TorchDispatchMode):
                 kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
         elif func is _DRAWN:  # what dropout's mask is made of: nobody needs the numbers
             func, kwargs = _RAND, {k: v for k, v in kwargs.items() if k != "generator"} | {"device": "meta"}
-        in_part = bool(self._part_of) and self._read(on_meta)
+        in_part = False
+        if self._part_of:
+            for t in on_meta:
+                if (part := self._part_of.get(t.untyped_storage()._cdata)) is not None:
+                    self.enter(part)
+                    in_part = True
         backward = torch._C._current_graph_task_id() != -1
         if backward != self._in_backward:
             self._turn(backward)
@@ -97,9 +103,13 @@ class Tracer(TorchDispatchMode):
             out = args[0] if written == 0 else kwargs["out"]
         else:
             out = self._result(func, args, kwargs) if makes else func(*args, **kwargs)
-        for t in (out,) if isinstance(out, Tensor) else _tensors(out) if isinstance(out, list | tuple) else ():
-            if t.is_meta:
-                self._see(t)
+        if isinstance(out, Tensor):
+            if out.is_meta:
+                self._see(out)
+        elif isinstance(out, list | tuple):
+            for t in _tensors(out):
+                if t.is_meta:
+                    self._see(t)
         if in_part:
             self._after = len(self._events)
         if func is _ADD and backward:
@@ -115,8 +125,8 @@ class Tracer(TorchDispatchMode):
         key = func, _described(args), tuple(kwargs), _described(kwargs.values())
         found = _MADE.get(key)
         if found is not None:
-            made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in found]
-            return made[0] if len(made) == 1 else tuple(made)
+            new = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in found]
+            return new[0] if len(new) == 1 else tuple(new)
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
         if made and all(isinstance(t, Tensor) and self._is_new(t) for t in made):
@@ -148,17 +158,10 @@ class Tracer(TorchDispatchMode):
         self._after = len(self._events)
         self.enter(part)
 
-    def _read(self, tensors: list[Tensor]) -> bool:
-        """Whether an operation reads a part of the network, which it then enters."""
-        found = [n for t in tensors if (n := self.part_of(t)) is not None]
-        for part in found:
-            self.enter(part)
-        return bool(found)
-
     def _see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._ids or size == 0:
+        key = storage._cdata
+        if key in self._ids or (size := storage.nbytes()) == 0:
             return
         number = len(self._cause)
         self._ids[key] = number
