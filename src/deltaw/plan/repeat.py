@@ -10,7 +10,6 @@ the deep network itself has to be traced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,27 +25,56 @@ class Unlike(Exception):
 
 
 @dataclass(frozen=True)
-class _Event:
-    """One event of a piece: `size` bytes are allocated or, below 0, freed; at (piece, number of the allocation)."""
+class _Few:
+    """The short network's timeline, cut into pieces.
 
-    size: int
-    at: tuple[int, int]
-    cause: int = 0
+    starts  the first event of each piece, and the end
+    piece   in which each storage is allocated
+    number  its number among those of that piece
+    way     the first piece of the pass that a piece belongs to; -1: it is no inner unit's
+    unit    whose inner piece it is; -1: none's
+    """
+
+    line: Timeline
+    starts: Integers
+    piece: Integers
+    number: Integers
+    way: Integers
+    unit: Integers
+
+    @classmethod
+    def of(cls, line: Timeline, starts: list[int], passes: dict[int, int], labels: list[int | None]) -> _Few:
+        """The pieces of a timeline; passes: the two inner pieces of each."""
+        bounds = np.array([*starts, len(line.events)], dtype=np.int64)
+        made = np.flatnonzero(line.events[:, 1] > 0)
+        piece = np.searchsorted(bounds, made, side="right") - 1
+        way, unit = np.full(len(starts), -1), np.full(len(starts), -1)
+        for first, second in passes.items():
+            way[[first, second]] = first
+            unit[[first, second]] = labels[first], labels[second]
+        return cls(line, bounds, piece, np.arange(len(made)) - np.searchsorted(piece, piece), way, unit)
+
+    def events(self, piece: int) -> Integers:
+        """[n, 2] of a piece."""
+        found: Integers = self.line.events[self.starts[piece] : self.starts[piece + 1]]
+        return found
 
 
 @dataclass(frozen=True)
 class _Inner:
-    """One event of a unit in a pass.
+    """What a unit does in a pass; one entry an event.
 
-    step   which unit holds what is freed: 0 the unit itself, 1 or -1 a neighbour
-    outer  what is freed instead where that neighbour is no inner unit
+    way, number  what is allocated or freed: the pass in which it is allocated, and its number there
+    step         which unit holds what is freed: 0 the unit itself, 1 or -1 a neighbour
+    outer        the short network's storage that is freed instead where that neighbour is no inner unit
     """
 
-    size: int
-    cause: int
-    at: tuple[int, int]
-    step: int = 0
-    outer: tuple[int, int] = (0, 0)
+    sizes: Integers
+    causes: Integers
+    way: Integers
+    number: Integers
+    step: Integers
+    outer: Integers
 
 
 def repeated(line: Timeline, units: int, low: int = 1) -> Timeline:
@@ -58,49 +86,30 @@ def repeated(line: Timeline, units: int, low: int = 1) -> Timeline:
     """
     labels: list[int | None] = [None, *(part for _, _, part in line.parts)]
     passes = _passes(labels, low)
-    pieces = _pieces(line, _starts(line, passes))
-    inner = {piece: (first, labels[piece]) for first, second in passes.items() for piece in (first, second)}
-    merged = {a: _merged(pieces, labels, inner, a, b, low) for a, b in passes.items()}
-    made = _Making(units, low)
-    for piece, events in enumerate(pieces):
+    few = _Few.of(line, _starts(line, passes), passes, labels)
+    merged = {a: _merged(few, *((a, b) if labels[a] == low else (b, a)), low) for a, b in passes.items()}
+    made = _Making(few, units, low)
+    for piece in range(len(labels)):
         if piece in passes:
             made.inner(merged[piece], piece, labels[piece] == low)
-        elif piece not in inner:
-            made.outer(events, inner)
+        elif few.way[piece] < 0:
+            made.outer(piece)
     return made.ended().settled()
 
 
 def _starts(line: Timeline, passes: dict[int, int]) -> list[int]:
     """The first event of each piece, cut so that the inner ones of each pass do the same. Raises Unlike."""
     starts = [0, *(at for _, at, _ in line.parts)]
-    causes = line.cause.tolist()
-    found = [(size, causes[number]) for number, size in line.events.tolist()]
+    found = np.stack([line.events[:, 1], line.cause[line.events[:, 0]]], axis=1)
     for first in passes:
         inner = slice(first, first + 3)
         for cuts in [after for after, _, _ in line.parts[first - 1 : first + 2]], starts[inner]:
-            if found[cuts[0] : cuts[1]] == found[cuts[1] : cuts[2]]:
+            if np.array_equal(found[cuts[0] : cuts[1]], found[cuts[1] : cuts[2]]):
                 starts[inner] = cuts
                 break
         else:
             raise Unlike("the inner units allocate different things")
     return starts
-
-
-def _pieces(line: Timeline, starts: list[int]) -> list[list[_Event]]:
-    """The events of each piece."""
-    pieces: list[list[_Event]] = []
-    home: dict[int, tuple[int, int]] = {}
-    flat, causes = line.events.tolist(), line.cause.tolist()
-    for piece, (start, stop) in enumerate(zip(starts, [*starts[1:], len(flat)], strict=True)):
-        events: list[_Event] = []
-        made = 0
-        for number, size in flat[start:stop]:
-            if size > 0:
-                home[number] = piece, made
-                made += 1
-            events.append(_Event(size, home[number], causes[number]))
-        pieces.append(events)
-    return pieces
 
 
 def _passes(labels: list[int | None], low: int) -> dict[int, int]:
@@ -116,164 +125,146 @@ def _passes(labels: list[int | None], low: int) -> dict[int, int]:
     return found
 
 
-def _merged(
-    pieces: list[list[_Event]],
-    labels: list[int | None],
-    inner: dict[int, tuple[int, int | None]],
-    a: int,
-    b: int,
-    low: int,
-) -> list[_Inner]:
-    """What both inner units do in the pass that begins with piece `a`. Raises Unlike where they differ."""
-    one, two = (pieces[a], pieces[b]) if labels[a] == low else (pieces[b], pieces[a])
-    found: list[_Inner] = []
-    for e, f in zip(one, two, strict=True):
-        if e.size > 0:
-            found.append(_Inner(e.size, e.cause, (a, e.at[1])))
-            continue
-        (p, of_e), (q, of_f) = inner.get(e.at[0], (-1, None)), inner.get(f.at[0], (-1, None))
-        if (of_e, of_f) == (low, low + 1) and (p, e.at[1]) == (q, f.at[1]):
-            found.append(_Inner(e.size, e.cause, (p, e.at[1])))
-        elif of_e == low + 1 and of_f is None:
-            found.append(_Inner(e.size, e.cause, (p, e.at[1]), 1, f.at))
-        elif of_e is None and of_f == low:
-            found.append(_Inner(e.size, e.cause, (q, f.at[1]), -1, e.at))
-        else:
-            raise Unlike("the inner units free different things")
-    return found
-
-
-@dataclass(frozen=True)
-class _Way:
-    """The storages of one way through the inner units: `count` are allocated in each, from number `start` on."""
-
-    start: int
-    count: int
-    up: bool
+def _merged(few: _Few, lower: int, upper: int, low: int) -> _Inner:
+    """What both inner units do in a pass, given its pieces. Raises Unlike where they free different things."""
+    (one, sizes), (two, _) = few.events(lower).T, few.events(upper).T
+    (way, unit, number), (way_2, unit_2, number_2) = (
+        (few.way[few.piece[n]], few.unit[few.piece[n]], few.number[n]) for n in (one, two)
+    )
+    made = sizes > 0
+    own = (unit == low) & (unit_2 == low + 1) & (way == way_2) & (number == number_2)
+    above, below = (unit == low + 1) & (unit_2 < 0), (unit < 0) & (unit_2 == low)
+    if not (made | own | above | below).all():
+        raise Unlike("the inner units free different things")
+    return _Inner(
+        sizes,
+        few.line.cause[one[made]],
+        np.where(below, way_2, way),
+        np.where(below, number_2, number),
+        np.where(made | own, 0, np.where(above, 1, -1)),
+        np.where(above, two, one),
+    )
 
 
 class _Making:
-    """Events that grow, a way through the inner units or an outer piece at a time. Raises Unlike, at the end too."""
+    """Events that grow, a way through the inner units or an outer piece at a time. Raises Unlike, at the end too.
 
-    def __init__(self, units: int, low: int) -> None:
+    In a pass each inner unit allocates `count` storages; unit after unit they are numbered from `start` on.
+    """
+
+    def __init__(self, few: _Few, units: int, low: int) -> None:
+        self._few = few
         self._low, self._last = low, units - 2
         self._inner = units - 1 - low
         self._events: list[Integers] = []
-        self._cause: list[int] = []
-        self._outer: dict[tuple[int, int], int] = {}
-        self._ways: dict[int, _Way] = {}
+        self._cause: list[Integers] = []
+        self._made = 0
+        pieces = len(few.way)
+        self._start, self._count = np.full(pieces, -1), np.zeros(pieces, dtype=np.int64)
+        self._up = np.zeros(pieces, dtype=bool)
+        self._outer = np.full(len(few.piece), -1)  # by the short network's storage
 
-    def inner(self, events: list[_Inner], piece: int, up: bool) -> None:
+    def inner(self, unit: _Inner, piece: int, up: bool) -> None:
         """What all inner units do in a pass, the lowest first or the highest."""
-        causes = [e.cause for e in events if e.size > 0]
-        self._ways[piece] = _Way(len(self._cause), len(causes), up)
-        self._cause += causes * self._inner
-        first = self._low if up else self._last
-        start, more, edges = [], [], []
-        for i, e in enumerate(events):
-            way = self._way(e.at[0])
-            start.append(self._number(way, e.at[1], first + e.step))
-            more.append(way.count if way.up == up else -way.count)
-            if e.step:  # beside the last unit in that direction is no inner one
-                edges.append((-1 if (e.step > 0) == up else 0, i, self._free(e.outer)))
-        found = np.empty((self._inner, len(events), 2), dtype=np.int64)
-        found[:, :, 0] = np.array(start, dtype=np.int64) + np.outer(np.arange(self._inner), more)
-        found[:, :, 1] = [e.size for e in events]
-        for unit, i, number in edges:
-            found[unit, i, 0] = number
+        self._start[piece], self._count[piece], self._up[piece] = self._made, len(unit.causes), up
+        self._allocate(np.tile(unit.causes, self._inner))
+        units = np.arange(self._low, self._last + 1)[:: 1 if up else -1]
+        found = np.empty((self._inner, len(unit.sizes), 2), dtype=np.int64)
+        found[:, :, 0] = self._numbers(unit.way, unit.number, units[:, None] + unit.step)
+        found[:, :, 1] = unit.sizes
+        for row, step in ((-1, 1 if up else -1), (0, -1 if up else 1)):  # beside it in that direction is no inner unit
+            at = unit.step == step
+            found[row, at, 0] = self._of_outer(unit.outer[at])
         self._events.append(found.reshape(-1, 2))
 
-    def outer(self, events: list[_Event], inner: dict[int, tuple[int, int | None]]) -> None:
+    def outer(self, piece: int) -> None:
         """A piece of another unit, or of none."""
+        few = self._few
+        events = few.events(piece)
+        numbers, sizes = events.T
+        made = numbers[sizes > 0]
+        self._outer[made] = self._made + np.arange(len(made))
+        self._allocate(few.line.cause[made])
+        of_inner = np.flatnonzero(few.way[few.piece[numbers]] >= 0)
         at = 0
-        found: list[tuple[int, int]] = []
         while at < len(events):
-            e = events[at]
-            if e.size > 0:
-                self._outer[e.at] = number = len(self._cause)
-                self._cause.append(e.cause)
-                found.append((number, e.size))
-            elif e.at[0] not in inner:
-                found.append((self._free(e.at), e.size))
+            after = of_inner[np.searchsorted(of_inner, at) :]
+            if len(after) == 0 or after[0] > at:
+                stop = int(after[0]) if len(after) else len(events)
+                self._events.append(np.stack([self._of_outer(numbers[at:stop]), sizes[at:stop]], axis=1))
+                at = stop
             else:
-                freed, taken = self._of_inner(events, at, inner)
-                found += freed
-                at += taken
-                continue
-            at += 1
-        self._events.append(np.array(found, dtype=np.int64).reshape(-1, 2))
+                at += self._of_inner(events, at)
 
-    def _of_inner(
-        self, events: list[_Event], at: int, inner: dict[int, tuple[int, int | None]]
-    ) -> tuple[list[tuple[int, int]], int]:
-        """What frees what inner units hold: of all, one unit after the other, or of the neighbour alone.
+    def _of_inner(self, events: Integers, at: int) -> int:
+        """Free what inner units hold: those of all, one unit after the other, or those of the neighbour alone.
 
-        Returns (events, how many of the short network's it stands for).
+        Returns how many events that took.
         """
-        here = list(_run(events, at, inner))
-        there = list(_run(events, at + len(here), inner))
-        mine, other = [key for key, _ in here], [key for key, _ in there]
-        sizes = [e.size for e in events[at : at + len(here)]]
-        unit = here[0][1]
-        if mine == other:
-            order = range(self._low, self._last + 1) if unit == self._low else range(self._last, self._low - 1, -1)
-            return self._of_units(mine, sizes, order), len(here) + len(there)
-        elsewhere = {
-            (inner[e.at[0]][0], e.at[1])
-            for e in events
-            if e.size < 0 and e.at[0] in inner and inner[e.at[0]][1] != unit
-        }
-        if elsewhere & set(mine):
+        here = self._run(events, at)
+        there = self._run(events, at + len(here))
+        unit = int(self._few.unit[self._few.piece[here[0, 0]]])
+        if self._keys(here) == self._keys(there):
+            units = np.arange(self._low, self._last + 1)
+            self._free(here, units if unit == self._low else units[::-1])
+            return len(here) + len(there)
+        freed = events[events[:, 1] < 0]
+        unit_of = self._few.unit[self._few.piece[freed[:, 0]]]
+        if set(self._keys(freed[(unit_of >= 0) & (unit_of != unit)])) & set(self._keys(here)):
             raise Unlike("what inner units hold is freed in an order that cannot be repeated")
-        return self._of_units(mine, sizes, [unit if unit == self._low else self._last]), len(here)
+        self._free(here, np.array([unit if unit == self._low else self._last]))
+        return len(here)
 
-    def _of_units(self, keys: list[tuple[int, int]], sizes: list[int], units: Iterable[int]) -> list[tuple[int, int]]:
-        held = [(self._way(piece), number, size) for (piece, number), size in zip(keys, sizes, strict=True)]
-        return [(self._number(way, number, unit), size) for unit in units for way, number, size in held]
+    def _run(self, events: Integers, at: int) -> Integers:
+        """From event `at` on, what is freed of one inner unit without a break."""
+        units = self._few.unit[self._few.piece[events[at:, 0]]]
+        other = np.flatnonzero((units != units[0]) | (units < 0)) if len(units) else units
+        return events[at : at + int(other[0])] if len(other) else events[at:]
+
+    def _keys(self, events: Integers) -> list[tuple[int, int]]:
+        numbers = events[:, 0]
+        few = self._few
+        return list(zip(few.way[few.piece[numbers]].tolist(), few.number[numbers].tolist(), strict=True))
+
+    def _free(self, events: Integers, units: Integers) -> None:
+        """What one unit frees in these events, for each of `units`."""
+        few, numbers = self._few, events[:, 0]
+        found = np.empty((len(units), len(events), 2), dtype=np.int64)
+        found[:, :, 0] = self._numbers(few.way[few.piece[numbers]], few.number[numbers], units[:, None])
+        found[:, :, 1] = events[:, 1]
+        self._events.append(found.reshape(-1, 2))
+
+    def _allocate(self, causes: Integers) -> None:
+        self._cause.append(causes)
+        self._made += len(causes)
+
+    def _numbers(self, way: Integers, number: Integers, unit: Integers) -> Integers:
+        """The storages of inner units."""
+        if (self._start[way] < 0).any():
+            raise Unlike("what is freed is not there")
+        place = np.where(self._up[way], unit - self._low, self._last - unit)
+        found: Integers = self._start[way] + number + self._count[way] * place
+        return found
+
+    def _of_outer(self, numbers: Integers) -> Integers:
+        """The storages of outer pieces, from the short network's."""
+        found: Integers = self._outer[numbers]
+        if (found < 0).any():
+            raise Unlike("what is freed is not there")
+        return found
 
     def ended(self) -> Timeline:
         """The timeline. What is freed was there, and what is left of one inner unit is left of all."""
-        events = np.concatenate(self._events)
-        cause = np.array(self._cause, dtype=np.int64)
-        made, freed = (np.flatnonzero(events[:, 1] > 0), np.flatnonzero(events[:, 1] < 0))
+        events, cause = np.concatenate(self._events), np.concatenate(self._cause)
+        made, freed = (np.flatnonzero(sign * events[:, 1] > 0) for sign in (1, -1))
         numbers = events[freed, 0]
         left = np.ones(len(cause), dtype=bool)
         left[numbers] = False
         if len(cause) - left.sum() != len(numbers) or (made[numbers] > freed).any():
             raise Unlike("what is freed is not there")
-        for way in self._ways.values():
-            of_all = left[way.start : way.start + way.count * self._inner].reshape(self._inner, way.count)
+        for piece in np.flatnonzero(self._start >= 0):
+            start, count = self._start[piece], self._count[piece]
+            of_all = left[start : start + count * self._inner].reshape(self._inner, count)
             if (of_all != of_all[0]).any():
                 raise Unlike("what inner units hold is freed by some only")
         return Timeline(events, cause)
-
-    def _way(self, piece: int) -> _Way:
-        if (found := self._ways.get(piece)) is None:
-            raise Unlike("what is freed is not there")
-        return found
-
-    def _number(self, way: _Way, number: int, unit: int) -> int:
-        """The storage of an inner unit."""
-        return way.start + number + way.count * (unit - self._low if way.up else self._last - unit)
-
-    def _free(self, key: tuple[int, int]) -> int:
-        """The storage of an outer piece that is freed."""
-        if (number := self._outer.pop(key, None)) is None:
-            raise Unlike("what is freed is not there")
-        return number
-
-
-def _run(
-    events: list[_Event], at: int, inner: dict[int, tuple[int, int | None]]
-) -> Iterator[tuple[tuple[int, int], int]]:
-    """From event `at` on, what is freed of one inner unit without a break: ((pass, number), unit)."""
-    unit = None
-    for e in events[at:]:
-        if e.size > 0 or e.at[0] not in inner:
-            return
-        first, of = inner[e.at[0]]
-        if unit is None:
-            unit = of
-        if of != unit or of is None:
-            return
-        yield (first, e.at[1]), of
