@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ KEPT, LENT = "kept:", "lent:"
 PLACES = ("", ADDED, KEPT, LENT)
 NAMES = tuple(place + cause for place in PLACES for cause in CAUSES)
 """What a storage is called. In a timeline its place here stands for it."""
+_PLACE_OF = {name: i for i, name in enumerate(NAMES)}
 _GRADIENTS = NAMES.index("gradients")
 Integers = NDArray[np.int64]
 
@@ -46,9 +48,9 @@ class Timeline:
     @classmethod
     def of(cls, events: list[tuple[int, int]], cause: list[str], parts: Any = (), **more: int) -> Timeline:
         """The timeline of a list of events, and the causes by name."""
-        numbers = {name: i for i, name in enumerate(NAMES)}
-        flat = np.array(events, dtype=np.int64).reshape(-1, 2)
-        return cls(flat, np.array([numbers[c] for c in cause], dtype=np.int64), list(parts), **more)
+        flat = np.fromiter(chain.from_iterable(events), dtype=np.int64, count=2 * len(events))
+        places = np.fromiter(map(_PLACE_OF.__getitem__, cause), dtype=np.int64, count=len(cause))
+        return cls(flat.reshape(-1, 2), places, list(parts), **more)
 
     @property
     def named(self) -> list[str]:
