@@ -124,6 +124,7 @@ def work(args: argparse.Namespace) -> None:
         for seed in args.seeds
         for study in args.study
         for label in STUDIES[study]
+        if args.only is None or label in args.only
         for task in args.tasks
         if (seed == args.seeds[0] or label != "base") and (study, label, task, seed) not in there
     ]
@@ -178,6 +179,7 @@ def tables() -> str:
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--study", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    p.add_argument("--only", nargs="+", metavar="LABEL", help="these of the studies' labels")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--tokens", type=int, default=60_000)
