@@ -58,10 +58,12 @@ class _Stack:
         size = _physical_bytes()
         while size > _LEAST:
             try:
-                self._region, self._size = torch.UntypedStorage(size), size
-                return ask_for_huge_pages(self._region)
-            except RuntimeError:  # no such room
+                held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError:  # no such room
                 size //= 2
+                continue
+            self._region, self._size = torch.frombuffer(held, dtype=torch.uint8).untyped_storage(), size
+            return ask_for_huge_pages(self._region)
         self._region = torch.UntypedStorage(0)
 
 

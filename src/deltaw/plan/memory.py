@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from deltaw.ops import pool
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
@@ -66,10 +68,11 @@ def _status(key: str) -> int | None:
 
 
 def release_free_memory() -> bool:
-    """Give what the allocator holds and nobody uses back to the system: True where that was done (glibc, malloc_trim).
+    """Give what nobody uses back to the system, of the pool and of glibc (malloc_trim): True where both were done.
 
     Called once, after loading: what loading took is not needed again.
     """
+    pool.settle()
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaw.ops.arena import ALIGN
-from deltaw.plan.heap import SETTLED, most_held
+from deltaw.ops.pool import taken
 
-_GONE = 1 << 20
-"""Fewer bytes than these are alive where a graph is gone: the loss and the batch."""
 CAUSES = ("activations", "logits", "workspace", "gradients")
 ADDED = "added:"
 """Stands before the cause of what is added to a gradient and then given back."""
 KEPT, LENT = "kept:", "lent:"
-"""Stand before the cause of what an arena (ops/arena.py) keeps, or lends for a moment: it is no part of the heap."""
+"""Stand before the cause of what an arena (ops/arena.py) keeps, or lends for a moment."""
 PLACES = ("", ADDED, KEPT, LENT)
 NAMES = tuple(place + cause for place in PLACES for cause in CAUSES)
 """What a storage is called. In a timeline its place here stands for it."""
@@ -117,16 +115,10 @@ class Timeline:
         whole = -(-np.abs(here) // ALIGN) * ALIGN * np.sign(here)
         return int(np.cumsum(whole).max(initial=0))
 
-    def held(self, repeats: int = 3) -> int:
-        """The most that glibc's heap holds when the work is done `repeats` times, one after the other.
-
-        What is left of a time, gradients, goes with its step.
-        """
-        events = self.events[self._place()[self.events[:, 0]] < PLACES.index(KEPT)]
-        numbers, sizes = events.T
-        of_graph = np.cumsum(np.where(self.cause[numbers] == _GRADIENTS, 0, sizes))
-        gone = np.flatnonzero((sizes < 0) & (of_graph < _GONE))
-        return most_held(np.insert(events, gone + 1, SETTLED, axis=0), len(self.cause), repeats)
+    def held(self) -> int:
+        """The most bytes beside the arena that are alive at once, as the pool of buffers (ops/pool.py) takes them."""
+        beside = self.events[self._place()[self.events[:, 0]] < PLACES.index(KEPT), 1]
+        return int(np.cumsum(taken(beside)).max(initial=0))
 
     def _place(self) -> Integers:
         """Where each storage lies: its place in PLACES."""

@@ -302,7 +302,7 @@ def traced(
 ) -> Timeline:
     """The timeline of `work`, which computes with `known` tensors and adds to the gradients of `parameters`.
 
-    arena  whose buffers are told apart from the heap's
+    arena  whose buffers are told apart from the others
     whole  run every round of every loop. Else rounds that do the same (ops/rounds.py) are run a few times
     """
     tracer = Tracer(known, wide, parts)

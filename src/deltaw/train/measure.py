@@ -17,6 +17,7 @@ from deltaw.data.task import given_labels
 from deltaw.data.template import Example
 from deltaw.errors import BaseError, WorkFailed
 from deltaw.model.base import load_base
+from deltaw.ops import pool
 from deltaw.plan.memory import forget_peak, peak_bytes, release_free_memory, resident_bytes
 from deltaw.plan.plan import Plan
 from deltaw.train.planning import Documents, Planner
@@ -74,6 +75,7 @@ def run_steps(recipe: Recipe, documents: Documents, common: int, steps: int) -> 
     start = resident_bytes()
     if start is None:
         raise BaseError("this system does not say how much memory a process has (no /proc): --measure needs Linux.")
+    pool.start()
     b = recipe.base
     labels = given_labels(recipe.data)
     model = load_base(b.path, b.format, b.dtype, block=b.block, double_quant=b.double_quant, labels=labels)

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -37,7 +38,7 @@ from deltaw.train.step import mean_loss, step_gradient
 
 EVALUATED_TOKENS = 4096
 LOADING_BYTES = 62_000_000
-"""What loading leaves beside the weights: the tokenizer, transformers' classes of the architecture, the heap's holes.
+"""What loading leaves beside the weights: the tokenizer, transformers' classes of the architecture.
 Measured: 55 to 66 MB (docs/planner.md)."""
 IMPORTS_BYTES = 358_000_000
 """Resident memory of Python, torch and transformers where it cannot be read."""
@@ -112,7 +113,8 @@ class Kept:
 class Planner:
     """Plans one recipe's base and method; traces are kept, so that many settings are cheap to compare.
 
-    imports   bytes of Python and its libraries in the process that will train; None: what this process has now
+    imports   bytes of Python and its libraries in the process that will train; None: what this process had when it
+              first planned (later its code's pages may be gone from memory, or a model may be in it)
     kept      what other planners have made, which this one goes on with; None: nothing
     whole     trace every block. Else a network whose blocks are alike is traced on a few of them (plan/short.py), and
               what they do is repeated: the plan is the same
@@ -132,7 +134,7 @@ class Planner:
         self.config, self.folder = find_config(recipe.base.path)
         if wants_labels(self.config) or recipe.data.labels is not None:  # a text has one label behind it
             self.work = replace(work, step=[(n if t == 1 else n + 1, 1) for n, t in work.step])
-        self.runtime = (imports or resident_bytes() or IMPORTS_BYTES) + LOADING_BYTES
+        self.runtime = (imports or _imports()) + LOADING_BYTES
         self._whole = whole
         self._kept = Kept() if kept is None else kept
 
@@ -340,6 +342,11 @@ class Planner:
             "checkpointing": train.checkpointing,
             "optimizer": train.optimizer.model_dump(mode="json"),
         }
+
+
+@cache
+def _imports() -> int:
+    return resident_bytes() or IMPORTS_BYTES
 
 
 class _Hashed(dict[str, Any]):

@@ -22,6 +22,7 @@ from deltaw.model.limits import refuse_beyond
 from deltaw.model.load import load_tokenizer
 from deltaw.model.model import Model
 from deltaw.model.quiet import quiet
+from deltaw.ops import pool
 from deltaw.plan.memory import release_free_memory
 from deltaw.plan.plan import Plan
 from deltaw.store.files import space_explained, whole_folder, write_text
@@ -91,6 +92,7 @@ def train(
             f"base.dtype is {loaded.base.dtype}, and method 'full' trains the base's own weights: small updates "
             "would be rounded away. Use base.dtype=float32."
         )
+    pool.start()
     with locked(folder):
         yield from _train(loaded, folder, rows, valid, labels, list(parents), allow_other_machine, say, stop)
 

@@ -25,7 +25,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 UNITS = {
     "dispatch": (),
-    "heap": (),
+    "pool": (),
     "path_scalar": (),
     "path_avx2": _AVX2,
     "path_avx512": _AVX512,
