@@ -13,6 +13,7 @@ import torch
 
 import deltaw
 from deltaw.data.template import Example
+from deltaw.ops import pool
 from deltaw.train.loss import sft
 from deltaw.train.optimizer import make_optimizer
 from deltaw.train.recipe import TrainSpec
@@ -48,6 +49,7 @@ def make_examples(vocab_size: int, batch: int, length: int, seed: int) -> list[E
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
+    pool.start()  # as deltaw.train does
     model = deltaw.load_base(args.base, args.format, args.dtype, double_quant=args.format != "dense")
     model.attach(deltaw.Lora(rank=args.rank, alpha=args.alpha), seed=args.seed)
     parameters = model.trainable()
