@@ -16,9 +16,17 @@ class Weight(Protocol):
     A format is one class that implements this; adding a format touches no method and no layer.
     """
 
-    in_features: int
-    out_features: int
-    dtype: torch.dtype  # the dtype in which it computes
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it computes."""
 
     def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias: [..., in] -> [..., out]. Differentiable in x and bias; W never gets a gradient.

@@ -71,7 +71,7 @@ def alike(heads: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
     A group has two members or more and a length of 1 or more; one of n saves (n - 1) * length. Heads in the order of
     their tokens have their groups side by side, so the best cut of that order is the best of all.
     """
-    order = sorted(range(len(heads)), key=heads.__getitem__)
+    order = sorted(range(len(heads)), key=lambda i: tuple(heads[i]))
     common = np.array([_common(heads[a], heads[b]) for a, b in itertools.pairwise(order)], dtype=np.int64)
     best, begin = np.zeros(len(order) + 1, dtype=np.int64), [0] * (len(order) + 1)  # of the first j in the order
     for j in range(1, len(order) + 1):
@@ -79,11 +79,12 @@ def alike(heads: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
         gain = np.append(best[: j - 1] + np.arange(j - 1, 0, -1) * length, best[j - 1])
         begin[j] = int(gain.argmax())
         best[j] = gain[begin[j]]
-    groups, j = [], len(order)
+    groups: list[tuple[list[int], int]] = []
+    j = len(order)
     while j > 0:
         i = begin[j]
-        if j - i > 1 and (length := int(common[i : j - 1].min())):
-            groups.append((sorted(order[i:j]), length))
+        if j - i > 1 and (shared := int(common[i : j - 1].min())):
+            groups.append((sorted(order[i:j]), shared))
         j = i
     return groups
 

@@ -43,8 +43,8 @@ def marked(example: Example, tokenizer: PreTrainedTokenizerBase, task: Task = CA
     its text.
     """
     if task.kind == "classify":
-        *text, label = example.input_ids
-        return [(_decoded(tokenizer, tuple(text)), False), (task.labels[label], True)]
+        *read, label = example.input_ids
+        return [(_decoded(tokenizer, tuple(read)), False), (task.labels[label], True)]
     pieces: list[tuple[str, bool]] = []
     end, shown = 0, ""
     for is_target, flags in groupby(example.is_target):

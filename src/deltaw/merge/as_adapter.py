@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -119,12 +119,13 @@ def _spec(change: Change, home: Home, owners: list[str]) -> MethodSpec:
     if not change.maps:
         if not change.biases:
             raise BadInput("No linear map and no bias of one changes: an adapter has no place to sit at.")
-        return BitFit(targets=tuple(n for n in home.sites if n in change.biases), norms=False, save_modules=owners)
+        targets = tuple(n for n in home.sites if n in change.biases)
+        return BitFit(method="bitfit", targets=targets, norms=False, save_modules=tuple(owners))
     here = {n: c.rank for n, c in change.maps.items()}
     placing = next((p for p in home.placings if _says(p, owners, here, home)), None)
     placing = placing or {"targets": tuple(n for n in home.sites if n in here)}
     elsewhere = set(change.biases) - set(here)
-    bias = "all" if elsewhere else "lora_only" if change.biases else "none"
+    bias: Literal["none", "all", "lora_only"] = "all" if elsewhere else "lora_only" if change.biases else "none"
     spec = Lora(**ranks_as_settings(here), **placing, bias=bias, save_modules=tuple(owners))
     wrong = [n for n, rank in here.items() if spec.rank_at(home.sites[n]) != rank or spec.scale_at(home.sites[n]) != 1]
     assert not wrong, f"patterns do not say the ranks at {wrong}"

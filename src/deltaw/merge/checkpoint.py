@@ -91,9 +91,9 @@ class StoredWeight:
         found = self._read()
         return DenseWeight(found if dtype is None else found.to(dtype), self._transposed)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(self, dtype: torch.dtype = torch.float32, room: Callable[[], Tensor] | None = None) -> Tensor:
         """W as [out, in] of `dtype`."""
-        return self._now().dense(dtype)
+        return self._now().dense(dtype, room)
 
     def parts(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         """Rows of W as [n, in] of `dtype`."""
@@ -110,6 +110,9 @@ class StoredWeight:
     def columns(self, ids: Tensor) -> Tensor:
         """Columns of W named by `ids`."""
         return self._now().columns(ids)
+
+    def native(self, dtype: torch.dtype) -> None:
+        """Nowhere: compiled products read memory."""
 
     def row_squares(self) -> Tensor:
         """The sum of squares of each row of W: [out]."""

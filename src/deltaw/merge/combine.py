@@ -276,7 +276,8 @@ class _Job:
     def provenance(self) -> dict[str, Any]:
         """Where the result comes from."""
         first = self.adapters[0].provenance
-        kept = {k: first[k] for k in ("base", "base_model_name_or_path", "kind", "labels") if k in first}
+        names = ("base", "base_model_name_or_path", "kind", "labels")
+        kept: dict[str, Any] = {k: first[k] for k in names if k in first}
         how = {**asdict(self.way), "rank": self.keep.rank, "weights": list(self.weights)}
         return {**kept, "parents": [a.id for a in self.adapters], "combine": {"method": how.pop("name"), **how}}
 

@@ -11,6 +11,7 @@ import torch
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.affine import Affine
+from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput, NotMergeable
 from deltaw.merge.as_adapter import PLACING, ranks_as_settings, refuse_out
@@ -114,6 +115,7 @@ def _cuts(adapter: Adapter, keep: Keep) -> tuple[dict[str, Cut], dict[str, int]]
                 f"The change of method {spec.name!r} has gains, so that it is dense. Make a LoRA of it: deltaw combine "
                 "--adapter ... --base ... --method svd --rank ..."
             )
+        assert isinstance(site, LinearSite)  # as `sits` said
         form = spec.lower(site, made.at(name), lazy(site))
         assert isinstance(form, Affine)
         assert form.A is not None

@@ -89,8 +89,8 @@ def extract(
     _refuse_strangers(*prints)
     with Checkpoint(folders[0]) as one, Checkpoint(folders[1]) as two:
         sources = [Source(f, c, [], p.dtype) for f, c, p in zip(folders, (one, two), prints, strict=True)]
-        change = _changes(*sources, keep, say or (lambda line: None))
-        source = sources[0]
+        source, other = sources
+        change = _changes(source, other, keep, say or (lambda line: None))
         places = Places.of(source.net, source.sites, {}, {}, dict(source.net.named_modules()))
         home = Home(source.sites, [{"targets": "all-linear"}], prints[0], places, source.read)
         how = {"tuned": prints[1].short(), "tuned_weights": prints[1].weights, "rank": rank, "energy": energy}

@@ -80,7 +80,7 @@ def calibrate(
                 module.frozen = calibrated(
                     QUANTISED[how.name], dense(name), factor, module.frozen.dtype, how.block, how.double_quant
                 )
-            except (BaseError, torch.linalg.LinAlgError) as problem:
+            except (BaseError, torch.linalg.LinAlgError) as problem:  # type: ignore[attr-defined]
                 raise BaseError(f"{name} cannot be calibrated: {problem}") from problem
             done = n_maps - len(left)
             if say and done % 50 == 0:

@@ -20,7 +20,8 @@ from deltaw.data.pack import Batch
 from deltaw.model.host import EmbeddingHost, Host
 from deltaw.model.swap import Swapped
 from deltaw.ops.arena import Arena
-from deltaw.ops.block import AttentionHalf, Block, FeedForward, Norm, Pack, fused
+from deltaw.ops.block import AttentionHalf, Block, FeedForward, Norm, Pack
+from deltaw.ops.block import fused as fused  # where a planner listens
 from deltaw.ops.byrows import by_rows
 from deltaw.ops.maps import Map
 
@@ -158,7 +159,7 @@ class _Reader:
         return Map(module.frozen, module.bias, form)
 
     def _norm(self, module: Any) -> Norm:
-        original = module.original if isinstance(module, Swapped) else module
+        original: Any = module.original if isinstance(module, Swapped) else module
         if not type(original).__name__.endswith("RMSNorm") or getattr(original, "bias", None) is not None:
             raise Plain(f"a norm is a {type(original).__name__}")
         weight = original.weight

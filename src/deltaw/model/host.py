@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Host(nn.Module):
     def __init__(self, site: LinearSite, original: nn.Module, weight: Weight, run: Run, number: int) -> None:
         super().__init__()
         self.site = site
-        self.original = original
+        self.original: Any = original
         self.frozen = weight
         self.run = run
         self.number = number  # distinct per host: part of its dropout's seed
@@ -103,7 +104,8 @@ class Host(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's stored tensor, for code that asks a layer for its weight."""
-        return self.original.weight
+        weight: Tensor = self.original.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,13 +172,14 @@ class Host(nn.Module):
                 new = self._columns(slot, slot.rows, flat[a:b])
                 y = _wider(y, slot.rows.ids)
                 y[a:b] = y[a:b].index_copy(-1, slot.rows.ids, new)
-        return y.reshape(*x.shape[:-1], -1)
+        out: Tensor = y.reshape(*x.shape[:-1], -1)
+        return out
 
     def _changed(self, form: Form, x: Tensor, u: Tensor | None) -> Tensor:
         """The output with one change; u is the input of the block's half that ends here, where it was kept."""
         if isinstance(form, Affine):
             return apply(form, x, self.frozen, self.bias, self._dropped(form, x))
-        y = self.original(x)
+        y: Tensor = self.original(x)
         return y + self._delta(form, x, y, u)
 
     def _delta(self, form: Form, x: Tensor, base: Tensor, u: Tensor | None) -> Tensor:
@@ -222,13 +225,13 @@ def _uniform(rows: int, columns: int, seed: int) -> Tensor:
 class EmbeddingHost(Host):
     """An input embedding: the same linear map, applied to one-hot vectors by looking columns up."""
 
-    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., dim]."""
         route = self.run.route
         if route is None:
             return self._worn(ids, self.original(self._known(ids, self.in_use())), self.in_use())
         here = [(a, b, [(self.slots[key], 1.0)]) for a, b, key in route.rows if key in self.slots]
-        y = self.original(self._known(ids, [used[0] for _, _, used in here]))
+        y: Tensor = self.original(self._known(ids, [used[0] for _, _, used in here]))
         for a, b, used in here:
             y[:, a:b] = self._worn(ids[:, a:b], y[:, a:b], used)
         return y

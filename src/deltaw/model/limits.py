@@ -43,7 +43,9 @@ def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int
     before  positions that an adapter's virtual tokens take in front of each example
     """
     limit = max_positions(net)
-    for example in examples if limit is not None else ():
+    if limit is None:
+        return
+    for example in examples:
         n = positions_of(net, len(example.input_ids), example.n_targets)
         if before + n > limit:
             behind = f" behind {before} virtual tokens" if before else ""

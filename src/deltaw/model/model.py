@@ -19,6 +19,7 @@ from deltaw.core.weight import Weight
 from deltaw.data.pack import Batch
 from deltaw.data.task import Task
 from deltaw.errors import AdapterError, DeltawError, NotFound, SpecError, near
+from deltaw.formats import BlockwiseWeight
 from deltaw.formats.dense import DenseWeight
 from deltaw.model.attachment import Attachment, Beside, fresh
 from deltaw.model.calibrate import input_directions
@@ -41,7 +42,10 @@ from deltaw.store.peft import read_adapter
 
 def _weight(module: nn.Module, site: LinearSite) -> Weight:
     """The frozen matrix of one linear map."""
-    return module.frozen if isinstance(module, FrozenLinear) else DenseWeight(module.weight, site.kind != "linear")
+    if isinstance(module, FrozenLinear):
+        return module.frozen
+    assert isinstance(module.weight, Tensor)
+    return DenseWeight(module.weight, site.kind != "linear")
 
 
 class Model(Computes):
@@ -197,7 +201,8 @@ class Model(Computes):
 
     def _refuse_format(self, spec: MethodSpec) -> None:
         known = type(spec).formats
-        found = {m.frozen.name for m in self.places.modules.values() if isinstance(m, FrozenLinear)} or {"dense"}
+        weights = (m.frozen for m in self.places.modules.values() if isinstance(m, FrozenLinear))
+        found = {w.name for w in weights if isinstance(w, BlockwiseWeight)} or {"dense"}
         if known is not None and (wrong := sorted(found - set(known))):
             why = "trains the base itself" if spec.trains_base else "does not work"
             raise AdapterError(

@@ -110,7 +110,7 @@ def cache_shapes(net: PreTrainedModel) -> list[tuple[int, int, int]]:
     Raises BaseError for an architecture whose attention cannot be ours, or whose layers share keys and values.
     """
     what = type(net).__name__
-    if not packs(net) or getattr(net.config.get_text_config(), "num_kv_shared_layers", 0):
+    if not packs(net) or getattr(net.config.get_text_config(), "num_kv_shared_layers", None):
         raise BaseError(f"{what} computes attention by itself, or shares keys between layers: it cannot be served.")
     found, one = _Shapes(), torch.zeros(1, dtype=torch.long, device=net.device)
     paged_logits(net, found, one, one, one)

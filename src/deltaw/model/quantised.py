@@ -111,7 +111,8 @@ def _all_quantisable(net: PreTrainedModel) -> dict[str, LinearSite]:
 
 def frozen_weights(net: nn.Module) -> dict[str, BlockwiseWeight]:
     """The quantised weights of a network by module path."""
-    return {n: m.frozen for n, m in net.named_modules() if isinstance(m, FrozenLinear)}
+    found = {n: m.frozen for n, m in net.named_modules() if isinstance(m, FrozenLinear)}
+    return {n: w for n, w in found.items() if isinstance(w, BlockwiseWeight)}
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def own_tensors(module: str, places: Places) -> list[tuple[str, Tensor]]:
 def _other_biases(places: Places) -> list[tuple[str, Tensor]]:
     """Biases that belong to no linear map: those of norms."""
     return [
-        (f"{name}.bias", module.bias)
+        (f"{name}.bias", bias)
         for name, module in places.modules.items()
-        if name not in places.sites and isinstance(getattr(module, "bias", None), nn.Parameter)
+        if name not in places.sites and isinstance(bias := getattr(module, "bias", None), nn.Parameter)
     ]

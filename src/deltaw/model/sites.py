@@ -46,7 +46,7 @@ def find_sites(net: PreTrainedModel) -> dict[str, LinearSite]:
 
 def _is_plain(module: nn.Linear) -> bool:
     """Whether `module` computes W x + b: by its class, or by trying a small one of that class (Falcon's does)."""
-    return type(module).forward is nn.Linear.forward or _computes_plainly(type(module))
+    return type(module).forward is nn.Linear.forward or _computes_plainly(type(module))  # type: ignore[arg-type]
 
 
 @cache

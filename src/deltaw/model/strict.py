@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     """
     spec = adapter.spec if adapter.fingerprint is not None else _as_peft_meant(adapter, places)
     problems: list[str] = []
-    told = {"fingerprint": adapter.fingerprint, "provenance": dict(adapter.provenance)}
+    told: dict[str, Any] = {"fingerprint": adapter.fingerprint, "provenance": dict(adapter.provenance)}
     attachment = Attachment(spec, overrides=dict(adapter.overrides), **told)
     try:
         targeted = set(places.chosen(spec))

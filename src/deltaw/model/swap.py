@@ -21,14 +21,15 @@ class Swapped(nn.Module):
 
     def __init__(self, original: nn.Module, run: Run) -> None:
         super().__init__()
-        self.original = original
+        self.original: Any = original
         self.run = run
         self.values: dict[str, dict[str, Tensor]] = {}
 
     @property
     def weight(self) -> Tensor:
         """The base's stored tensor, for code that asks a layer for its weight."""
-        return self.original.weight
+        weight: Tensor = self.original.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -49,7 +49,7 @@ def front_of(
 
 def _refuse(made: Attachment, site: VirtualSite, net: PreTrainedModel) -> None:
     config: Any = net.config.get_text_config()
-    if site.kind == "cache" and getattr(config, "num_kv_shared_layers", 0):
+    if site.kind == "cache" and getattr(config, "num_kv_shared_layers", None):
         raise AdapterError(
             f"Method {made.spec.name!r} needs keys and values in every layer, and layers of this model share theirs. "
             "Use method 'prompt'."

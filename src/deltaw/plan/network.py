@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
 from deltaw.core.spec import MethodSpec
@@ -102,9 +102,9 @@ def _names_in(folder: Path | None) -> set[str] | None:
 
 
 @torch.no_grad()
-def network_of(base: Base) -> nn.Module:
+def network_of(base: Base) -> PreTrainedModel:
     """The network on the meta device as it would be kept."""
-    net = network_from(base.config, getattr(torch, base.dtype), base.labels)
+    net: PreTrainedModel = network_from(base.config, getattr(torch, base.dtype), base.labels)
     mark_fresh(net, base.config, _names_in(base.folder))
     quantised = quantisable(net) if base.format in QUANTISED else {}
     for name, site in quantised.items():
@@ -131,7 +131,7 @@ def planned_model(base: Base, spec: MethodSpec) -> Model:
 
 def planned_base(base: Base) -> Model:
     """The model without an adapter, on the meta device."""
-    return Model(network_of(base))  # type: ignore[arg-type]
+    return Model(network_of(base))
 
 
 def with_adapter(model: Model, base: Base, spec: MethodSpec) -> Model:

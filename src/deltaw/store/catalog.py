@@ -103,7 +103,9 @@ def listing(db: Connection, base: BaseFingerprint | None) -> list[dict[str, Any]
         on[name][label] = version
     told = db.execute(select(bases.c.id, bases.c.name, bases.c.fingerprint)).all()
     base_names = {None: None} | {i: name for i, name, _ in told}
-    fits = {None: ("unknown", [])} | {i: _fits(text, base) for i, _, text in told} if base is not None else {}
+    fits: dict[int | None, tuple[str, list[str]]] = {None: ("unknown", [])}
+    if base is not None:
+        fits |= {i: _fits(text, base) for i, _, text in told}
     own = (adapters.c.id, adapters.c.method, adapters.c.n_parameters, adapters.c.bytes, adapters.c.base)
     is_on = (labels.c.name == versions.c.name) & (labels.c.version == versions.c.version)
     current = (
@@ -138,7 +140,7 @@ def listing(db: Connection, base: BaseFingerprint | None) -> list[dict[str, Any]
 def _tuples(db: Connection, query: Select[Any]) -> list[tuple[Any, ...]]:
     """All rows as the driver gives them: a third of the time of SQLAlchemy's rows, which thousands of names feel."""
     result = db.execute(query)
-    rows = result.cursor.fetchall()
+    rows = list(result.cursor.fetchall())
     result.close()
     return rows
 

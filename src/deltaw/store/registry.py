@@ -204,7 +204,8 @@ class Registry:
         if gate is not None:
             with self.index.reading() as db:
                 against = labels.where(db, found.name, label)
-            told = gate.measure(self.folder(str(found)), against and self.folder(f"{found.name}@{against}"))
+            before = None if against is None else self.folder(f"{found.name}@{against}")
+            told = gate.measure(self.folder(str(found)), before)
             with self.index.writing() as db:
                 labels.record_gate(db, found, label, against, told)
             gate.demand(told, str(found), None if against is None else f"{found.name}@{against}")

@@ -37,7 +37,7 @@ def growth(model: Model) -> float | None:
             form = attachment.lowered(name, model.places)
             if not isinstance(form, Affine) or (form.A is None and form.is_low_rank_only):
                 continue  # only its bias trains
-            weight = model.places.weight_at(place)
+            weight = model.places.weights[place.name]
             changed += change_squared(form, weight)
             whole += float(weight.row_squares().double().sum())
     return math.sqrt(changed / whole) if whole > 0 else None

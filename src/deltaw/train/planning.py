@@ -37,9 +37,9 @@ from deltaw.train.recipe import Recipe, TrainSpec
 from deltaw.train.step import mean_loss, step_gradient
 
 EVALUATED_TOKENS = 4096
-LOADING_BYTES = 62_000_000
+LOADING_BYTES = 45_000_000
 """What loading leaves beside the weights: the tokenizer, transformers' classes of the architecture.
-Measured: 55 to 66 MB (docs/planner.md)."""
+Measured: 33 to 47 MB (docs/planner.md)."""
 IMPORTS_BYTES = 358_000_000
 """Resident memory of Python, torch and transformers where it cannot be read."""
 KERNEL_BYTES = 25_000_000

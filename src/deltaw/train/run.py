@@ -179,8 +179,8 @@ def _train(
 
 def _base(recipe: Recipe, dtype: str, say: Callable[[str], None] | None) -> Model:
     b, labels, seed = recipe.base, given_labels(recipe.data), recipe.train.seed
-    quantised = {"block": b.block, "double_quant": b.double_quant}
-    return load_base(b.path, b.format, dtype, say, **quantised, labels=labels, seed=seed, device=b.device)
+    how: dict[str, Any] = {"block": b.block, "double_quant": b.double_quant, "labels": labels, "seed": seed}
+    return load_base(b.path, b.format, dtype, say, device=b.device, **how)
 
 
 def _calibration(model: Model, recipe: Recipe, rows: list[Row]) -> list[Batch]:

@@ -208,7 +208,7 @@ def _nameless_file(folder: Path, n_bytes: int) -> int:
 
 
 def _read_at(fd: int, into: Tensor, at: int) -> None:
-    left = memoryview(into.numpy())
+    left = into.numpy().data
     while left:
         if (n := os.preadv(fd, [left], at)) == 0:
             raise OSError(0, "the file ends early")
@@ -216,7 +216,7 @@ def _read_at(fd: int, into: Tensor, at: int) -> None:
 
 
 def _write_at(fd: int, data: Tensor, at: int) -> None:
-    left = memoryview(data.numpy())
+    left = data.numpy().data
     while left:
         n = os.pwrite(fd, left, at)
         left, at = left[n:], at + n
