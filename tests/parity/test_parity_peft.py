@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from deltaw.errors import AdapterError
 from deltaw.model.identity import OtherBaseWarning
 from deltaw.model.model import Model
 from deltaw.store.peft import read_adapter, write_adapter
+from deltaw.store.peft_options import KNOWN
 from models import EMBEDDING, VOCAB, make_fingerprint, make_ids, make_net, randomise
 
 peft = pytest.importorskip("peft")
@@ -292,6 +294,26 @@ def test_a_config_that_asks_for_something_else_is_refused_by_name(key, tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), key: ["x"]}))
     with pytest.raises(AdapterError, match=f"asks for {key}"):
         read_adapter(tmp_path)
+
+
+def test_an_option_that_nobody_knows_is_refused_by_name(tmp_path):
+    wanted = saved(make_net("llama"), config(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps({**plain, "use_tomorrow": False, "tomorrow_config": None, "tomorrow": {}}))
+    ours = Model(make_net("llama"))
+    ours.attach(tmp_path)
+    torch.testing.assert_close(ours.logits(IDS), wanted, rtol=RTOL, atol=ATOL)
+    path.write_text(json.dumps({**plain, "use_tomorrow": True}))
+    with pytest.raises(AdapterError, match="asks for use_tomorrow=True, which this deltaw does not know"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind", ["LoraConfig", "IA3Config", "VeraConfig", "PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
+def test_every_option_of_this_peft_is_known(kind):
+    assert {f.name for f in dataclasses.fields(getattr(peft, kind))} - {"runtime_config"} <= KNOWN
 
 
 def test_another_method_of_peft_is_refused_by_name(tmp_path):

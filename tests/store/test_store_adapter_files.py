@@ -29,6 +29,9 @@ SPEC = Lora(
 )  # fmt: skip
 
 
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
 def make_adapter(spec: Lora = SPEC, kind: str = "llama", **provenance: object) -> Adapter:
     model = Model(make_net(kind), make_tokenizer(), make_fingerprint())
     model.attach(spec)
@@ -253,6 +256,46 @@ def test_an_edited_config_is_noticed(folder, changes, said):
         read_adapter(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 2}, "is of format 2; this deltaw reads format 1"),
+        ({"spec": "lora"}, "is not what deltaw writes"),
+        ({"spec": None}, "is not what deltaw writes"),
+        ({"places": 5}, "is not what deltaw writes"),
+        ({"provenance": ["me"]}, "is not what deltaw writes"),
+        ({"overrides": 3}, "is not what deltaw writes"),
+    ],
+    ids=str,
+)
+def test_nonsense_in_deltaw_json_is_refused_by_its_file(folder, changes, said):
+    edit_json(folder / OURS, **changes)
+    with pytest.raises(AdapterError, match=said):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.clear(), "holds no tensors"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}), "as int32 of shape"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32).to(torch.float8_e4m3fn)}), "as float8_e4m3fn of"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 32, dtype=torch.complex64)}), "as complex64 of"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), r"as float32 of shape \[\]"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(2, 32)}),
+         r"A has shape \(2, 32\), its settings need \(3, 32\)"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(32)}),
+         r"B has shape \(32,\), its settings need \(32, 3\)"),
+    ],
+    ids=["none", "int32", "float8", "complex", "a number", "other rank", "flat"],
+)  # fmt: skip
+def test_tensors_that_fit_no_base_are_refused_without_one(folder, edit, said):
+    (folder / OURS).unlink()
+    edit_tensors(folder, edit)
+    with pytest.raises(AdapterError, match=said):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize("key", ["spec", "fingerprint", "id"])
 def test_an_edited_deltaw_json_is_noticed(folder, key):
     ours = json.loads((folder / OURS).read_text())
@@ -268,9 +311,6 @@ def test_an_edited_deltaw_json_is_noticed(folder, key):
         read_adapter(folder)
 
 
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -284,7 +324,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 31)}), r"A has shape \(3, 31\), .* needs \(3, 32\)"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(53, 31)}),
          r"lm_head\.weight has shape \(53, 31\), this model's is \(53, 32\)"),
-        (lambda t: t.update({f"{Q[:-6]}qq_proj.lora_A.weight": torch.ones(3, 32)}),
+        (lambda t: t.update({f"{Q[:-6]}qq_proj.lora_A.weight": torch.ones(3, 32),
+                             f"{Q[:-6]}qq_proj.lora_B.weight": torch.ones(32, 3)}),
          r"no such place in this model: .*qq_proj"),
         (lambda t: t.update({"base_model.model.model.nrom.weight": torch.ones(3)}), r"replaces model\.nrom\.weight"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sqlite3
 import sys
@@ -158,6 +160,23 @@ def test_store_registry_a_broken_adapter_is_not_added(registry, tmp_path):
         registry.add("a", tmp_path / "absent")
     assert registry.listing() == []
     assert list((registry.root / "aside").iterdir()) == []
+
+
+def test_store_registry_what_is_wrong_is_said_of_the_folder_that_was_given(registry, tmp_path):
+    folder = write_adapter(tiny(4), tmp_path / "adapter")
+    (folder / TENSORS).write_bytes(b"")
+    with pytest.raises(AdapterError, match=re.escape(str(folder / TENSORS))):
+        registry.add("a", folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_store_registry_an_adapter_with_nan_is_not_kept(registry, tmp_path, value):
+    sick = tiny(4)
+    next(iter(next(iter(sick.sites.values())).values()))[0, 0] = value
+    for what in (sick, write_adapter(sick, tmp_path / "adapter")):
+        with pytest.raises(AdapterError, match=r"holds NaN or Inf in .*:A"):
+            registry.add("a", what)
+    assert registry.listing() == []
 
 
 def test_store_registry_lineage_comes_out_of_the_provenance(registry):

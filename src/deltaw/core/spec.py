@@ -7,7 +7,6 @@ else (training, merging, saving, loading, planning, the command line) is written
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -39,15 +38,16 @@ def _below_one(value: float) -> float:
     return value
 
 
-def _finite_not_zero(value: float) -> float:
-    if not math.isfinite(value) or value == 0:
+def finite_not_zero(value: float) -> float:
+    """`value`, where float32 holds it. Raises ValueError."""
+    if not abs(value) <= torch.finfo(torch.float32).max or value == 0:
         raise ValueError("must be a finite number other than 0")
     return value
 
 
 Count = Annotated[int, AfterValidator(_at_least_one), Field(json_schema_extra={"minimum": 1})]
 Share = Annotated[float, AfterValidator(_below_one), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
-Factor = Annotated[float, AfterValidator(_finite_not_zero)]
+Factor = Annotated[float, AfterValidator(finite_not_zero)]
 
 
 @dataclass(frozen=True)

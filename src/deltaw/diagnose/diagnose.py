@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltaw.core.adapter import Adapter
 from deltaw.core.checkpoint_files import checkpoint_files
 from deltaw.core.fingerprint import HARD, cache_dir, fingerprint_folder
+from deltaw.core.misfits import not_finite
 from deltaw.diagnose.bands import Band, bands
 from deltaw.diagnose.curve import FEWEST_STEPS, Curve, Log, read_curve, read_log
 from deltaw.diagnose.facts import Facts, Finding, Trial
@@ -176,8 +175,7 @@ class _Work:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.adapter = read_adapter(self.path)
-            bad = [n for n, t in self.adapter.tensors().items() if not bool(torch.isfinite(t).all())]
-            self.facts |= {"bad": tuple(bad), "moves_else": bool(self.adapter.replaced)}
+            self.facts |= {"bad": tuple(not_finite(self.adapter.tensors())), "moves_else": bool(self.adapter.replaced)}
         elif (self.path / WHOLE).is_dir():
             self.skip("spectrum, norms and merging", "the run trained a whole model, which is no adapter")
         else:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from deltaw.core.affine import Affine
+from deltaw.core.misfits import some
 from deltaw.core.site import LinearSite
 from deltaw.errors import AdapterError
-from deltaw.export.opened import Opened, some
+from deltaw.export.opened import Opened
 
 
 @dataclass(frozen=True)

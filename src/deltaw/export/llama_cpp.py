@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.misfits import some
 from deltaw.errors import AdapterError, BadInput, BaseError
 from deltaw.export.factors import common_alpha, factors_of, folded, refuse_empty
 from deltaw.export.families import Layout, config_problems, layout_of, rope_factors, settings_of
 from deltaw.export.gguf_file import FILE_TYPES, Entry, check_dtype, write_gguf
-from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken, some
+from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken
 from deltaw.export.vocabulary import Vocabulary, vocabulary_of
 from deltaw.merge.bake import grown_tokenizer, refuse_unmergeable
 from deltaw.merge.changes import Change, changes_of, checked, grown_vocabulary

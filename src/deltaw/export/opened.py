@@ -72,9 +72,3 @@ def refuse(problems: Sequence[str], what: str, instead: str, kind: type[AdapterE
 def instead(adapter: Adapter, otherwise: str) -> str:
     """What to do with an adapter that a format cannot hold: `otherwise`, where weights can hold it."""
     return otherwise if adapter.spec.mergeable else "Nor can weights hold it: serve it with deltaw."
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.misfits import not_finite, some
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import AdapterError
-from deltaw.export.opened import instead, refuse, refuse_taken, some
+from deltaw.export.opened import instead, refuse, refuse_taken
 from deltaw.methods.lowrank import LowRank
 from deltaw.store.files import whole_folder
 from deltaw.store.peft import CONFIG, TENSORS, adapter_folder, read_adapter, to_peft_config, to_peft_tensors
@@ -65,7 +65,7 @@ def export_peft(adapter: str | Path | Adapter, out: str | Path) -> FolderReport:
         folder = adapter_folder(adapter)
         adapter = read_adapter(folder)
         beside = [folder / name for name in TOKENIZER if (folder / name).is_file()]
-    if bad := [n for n, t in adapter.tensors().items() if not bool(torch.isfinite(t).all())]:
+    if bad := not_finite(adapter.tensors()):
         raise AdapterError(f"The adapter holds NaN or Inf in {some(bad)}: take an earlier checkpoint.")
     spec, problems = adapter.spec, []
     if spec.peft_type is None or not spec.in_peft:

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.misfits import some
 from deltaw.errors import AdapterError, BadInput
 from deltaw.export.factors import Factors, common_alpha, factors_of, folded, padded, refuse_empty
-from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken, some
+from deltaw.export.opened import Opened, Say, instead, opened, refuse, refuse_taken
 from deltaw.export.peft import FolderReport, write_peft
 from deltaw.methods.lora import Lora
 

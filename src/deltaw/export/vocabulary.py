@@ -15,7 +15,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from deltaw.export.opened import some
+from deltaw.core.misfits import some
 
 SPACE = "\u2581"
 """SentencePiece's mark for a space."""

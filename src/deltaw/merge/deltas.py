@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.affine import Affine, merged
+from deltaw.core.misfits import broken, misfits, some
 from deltaw.core.site import LinearSite
 from deltaw.errors import AdapterError, BadInput, NotMergeable, ShapeError
 from deltaw.merge.checkpoint import StoredWeight
@@ -21,7 +22,6 @@ from deltaw.merge.factors import Factors
 from deltaw.merge.source import Source
 from deltaw.model.attachment import Attachment
 from deltaw.model.places import Places
-from deltaw.model.strict import misfits
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def fitted(adapter: Adapter) -> Attachment:
     if not spec.shared_is_saved:
         made.shared = spec.init_shared(list(adapter.places), torch.Generator().manual_seed(0))
     problems = misfits("the adapter", spec.shared_shapes(adapter.places), made.shared)
+    problems += broken("the adapter", made.shared)
     for site in adapter.places:
         assert isinstance(site, LinearSite)
         if 0 in (site.in_features, site.out_features):
@@ -172,8 +173,9 @@ def fitted(adapter: Adapter) -> Attachment:
             )
         params = adapter.sites[site.name]
         problems += misfits(site.name, spec.shapes(site, set(params) != {"bias"}), params)
+        problems += broken(site.name, params)
     if problems:
-        raise AdapterError("The adapter is broken: " + "; ".join(problems) + ".")
+        raise AdapterError(f"The adapter is broken: {some(problems, 6, '; ')}.")
     return made
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite, Site
-from deltaw.core.spec import Count, Factor, MethodSpec, Params, Share
+from deltaw.core.spec import Count, Factor, MethodSpec, Params, Share, finite_not_zero
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, SpecError
 
@@ -68,8 +68,8 @@ class LowRank(MethodSpec):
     @field_validator("alpha_pattern")
     @classmethod
     def _alphas_are_numbers(cls, value: dict[str, float]) -> dict[str, float]:
-        if not all(math.isfinite(a) and a != 0 for a in value.values()):
-            raise ValueError("holds an alpha that is not a finite number other than 0")
+        for alpha in value.values():
+            finite_not_zero(alpha)
         return value
 
     def rank_at(self, site: LinearSite) -> int:

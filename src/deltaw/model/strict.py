@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter
 from deltaw.core.affine import Affine, check
 from deltaw.core.bottleneck import Bottleneck, check_bottleneck
+from deltaw.core.misfits import broken, is_finite, misfits, some
 from deltaw.core.prefix import Prefix, check_prefix
 from deltaw.core.site import BlockSite, LinearSite, Site, VirtualSite
-from deltaw.core.spec import Form, MethodSpec, Params
+from deltaw.core.spec import Form, MethodSpec
 from deltaw.core.targets import matches, select
 from deltaw.errors import AdapterError, ShapeError, TargetError, near
 from deltaw.model.attachment import Attachment
@@ -53,11 +53,11 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     problems += of_shared
     unknown = [name for name in adapter.sites if name not in attachment.sites]
     if unknown:
-        problems.append(f"no such place in this model: {_some(unknown)}.{near(unknown[0], sorted(places.sites))}")
+        problems.append(f"no such place in this model: {some(unknown)}.{near(unknown[0], sorted(places.sites))}")
     for name in attachment.sites:
         problems += _misfit(attachment, places, name, name in targeted, lowers=not of_shared)
     if absent := [name for name in targeted if name not in adapter.sites]:
-        problems.append(f"no tensors for {_some(absent)}, which its settings target")
+        problems.append(f"no tensors for {some(absent)}, which its settings target")
     given = {r.tensor for r in adapter.replaced}
     biases = [
         f"{name}.bias"
@@ -65,10 +65,10 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
         if spec.wants(site) and name not in targeted | owned and name not in adapter.sites
     ]
     if absent := [tensor for tensor in (*swaps, *biases) if tensor not in given]:
-        problems.append(f"no tensors for {_some(absent)}, which its settings replace")
+        problems.append(f"no tensors for {some(absent)}, which its settings replace")
     for r in adapter.replaced:
         base = base_tensors.get(r.tensor)
-        if not bool(torch.isfinite(r.value).all()):
+        if not is_finite(r.value):
             problems.append(f"{r.tensor} holds NaN or Inf")
         if base is None:
             problems.append(f"it replaces {r.tensor}, which this model does not have")
@@ -81,7 +81,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
         elif r.tensor in swaps or not torch.equal(r.value.to(base), base):  # PEFT saves unchanged embeddings
             attachment.swaps[r.tensor] = r.value.detach().clone()
     if problems:
-        raise AdapterError("The adapter does not fit this model: " + "; ".join(problems) + ".")
+        raise AdapterError(f"The adapter does not fit this model: {some(problems, 6, '; ')}.")
     return attachment
 
 
@@ -111,34 +111,14 @@ def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
 
 def _misfit_shared(made: Attachment) -> list[str]:
     wanted = made.spec.shared_shapes(list(made.places.values())) if made.places else {}
-    problems = misfits("the adapter", wanted, made.shared)
-    return problems if made.places else []
-
-
-def misfits(where: str, wanted: Mapping[str, tuple[int, ...]], params: Params) -> list[str]:
-    """What is missing, left over, misshapen or not finite in the parameters of one place, as sentences."""
-    problems = []
-    if missing := [p for p in wanted if p not in params]:
-        problems.append(f"{where} lacks {', '.join(missing)}")
-    if extra := [p for p in params if p not in wanted]:
-        problems.append(f"{where} has {', '.join(extra)}, which its settings do not ask for")
-    for p, shape in wanted.items():
-        if p in params and tuple(params[p].shape) != tuple(shape):
-            problems.append(f"{where}:{p} has shape {tuple(params[p].shape)}, this model needs {tuple(shape)}")
-    if bad := [p for p, t in params.items() if not _is_finite(t)]:
-        problems.append(f"{where} holds NaN or Inf in {', '.join(bad)}")
-    return problems
-
-
-def _is_finite(t: Tensor) -> bool:
-    """Whether all values are; a sum that is says so in a third of the time, one that is not may only be large."""
-    return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())
+    return [*misfits("the adapter", wanted, made.shared), *broken("the adapter", made.shared)] if made.places else []
 
 
 def _misfit(made: Attachment, places: Places, name: str, targeted: bool, *, lowers: bool) -> list[str]:
     """lowers: what its places share is right, so that their forms can be made."""
     site = made.places[name]
-    problems = misfits(name, made.spec.shapes(site, targeted), made.sites[name])
+    params = made.sites[name]
+    problems = [*misfits(name, made.spec.shapes(site, targeted), params), *broken(name, params)]
     if not problems and lowers:
         try:
             check_form(made.lowered(name, places), site, places)
@@ -157,8 +137,3 @@ def check_form(form: Form, site: Site, places: Places) -> None:
         check_prefix(form, site)
     else:
         raise ShapeError(f"{site.name}: a {type(form).__name__} does not belong there.")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

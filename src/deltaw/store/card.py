@@ -1,4 +1,4 @@
-"""The model card of a pushed adapter: README.md with YAML front matter, as the Hugging Face hub reads it."""
+"""The model card of an adapter: README.md with YAML front matter, as the Hugging Face hub reads it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from deltaw.core.adapter import Adapter
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def short_card(adapter: Adapter, base: str | None) -> str:
+    """The card of a saved adapter."""
+    front = {"library_name": "peft", "base_model": base or "unknown", "tags": [adapter.spec.name, "deltaw"]}
+    print_ = adapter.fingerprint.short() if adapter.fingerprint else "unknown"
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Adapter {adapter.id[:12]}\n\n"
+        f"Method {adapter.spec.name}, {adapter.n_parameters:,} parameters, trained on {print_}. "
+        f"Load it with deltaw{' or HF PEFT' if adapter.spec.in_peft else ''}.\n"
+    )
+
+
 def model_card(adapter: Adapter, title: str) -> str:
-    """The card's text: base_model, library_name, tags and metrics in front, then what made the adapter.
+    """The card of a pushed one: base_model, library_name, tags and metrics in front, then what made the adapter.
 
     title  of the page, as in "support@3"
     """

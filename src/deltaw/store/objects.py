@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.misfits import not_finite, some
 from deltaw.errors import AdapterError
 from deltaw.store.files import space_explained, sync_file
 from deltaw.store.peft import FILES, OURS, adapter_folder, read_adapter, write_adapter
@@ -45,14 +46,19 @@ def bring(source: Adapter | str | Path, folder: Path) -> Adapter:
             write_adapter(source, folder)
         else:
             where = adapter_folder(source)
+            found = read_adapter(where)  # what is wrong is said of the reader's folder, not of a copy
             if (where / OURS).is_file():
                 folder.mkdir()
             else:
-                write_adapter(read_adapter(where), folder)
+                write_adapter(found, folder)
             for path in where.iterdir():
                 if path.name in FILES and path.is_file() and not (folder / path.name).exists():
                     shutil.copyfile(path, folder / path.name)
         adapter = read_adapter(folder)
+        if bad := not_finite(adapter.tensors()):
+            raise AdapterError(
+                f"The adapter holds NaN or Inf in {some(bad)}: it is not kept. Take an earlier checkpoint."
+            )
         write_manifest(folder, adapter.id)
         for path in folder.iterdir():
             path.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)  # no tool of ours writes here again

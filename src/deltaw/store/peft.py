@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -21,14 +22,18 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter, Replacement
 from deltaw.core.checkpoint_files import read_header
 from deltaw.core.fingerprint import BaseFingerprint
+from deltaw.core.misfits import misfits, some
 from deltaw.core.site import LinearSite, Site, plain_site, site_from
 from deltaw.core.spec import MethodSpec
 from deltaw.core.targets import ALL_LINEAR, matches
 from deltaw.errors import AdapterError, DeltawError, NotFound
 from deltaw.methods import METHODS, spec_from
+from deltaw.store.card import short_card
 from deltaw.store.files import whole_folder
+from deltaw.store.peft_options import refuse_unknown
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "deltaw.json"
+FORMAT = 1  # of deltaw.json
 _OURS = {CONFIG, TENSORS, OURS, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _OURS |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"}
 FILES = frozenset(_OURS)
@@ -37,6 +42,7 @@ _FOREIGN = (".lora_", ".ia3_", ".vera_", ".adapter_down", ".adapter_up")  # name
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TASKS = {"classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 _HEADS = ("classifier", "score")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class UnfinishedRun(UserWarning):
@@ -57,7 +63,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in to_peft_tensors(adapter).items()}
     config = to_peft_config(adapter)
     ours = {
-        "format": 1,
+        "format": FORMAT,
         "id": adapter.id,
         "spec": adapter.spec.model_dump(mode="json"),
         "fingerprint": None if adapter.fingerprint is None else adapter.fingerprint.model_dump(),
@@ -69,7 +75,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
         save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (aside / OURS).write_text(json.dumps(ours, indent=1, default=str) + "\n")
-        (aside / "README.md").write_text(_card(adapter, config))
+        (aside / "README.md").write_text(short_card(adapter, config["base_model_name_or_path"]), encoding="utf-8")
         if tokenizer is not None and adapter.spec.new_tokens:
             tokenizer.save_pretrained(aside)
     return folder
@@ -182,12 +188,18 @@ def read_adapter(path: str | Path) -> Adapter:
     config = _json(folder / CONFIG)
     tensors = _tensors(folder)
     ours = _json(folder / OURS) if (folder / OURS).is_file() else None
+    if ours and ours.get("format") != FORMAT:
+        raise AdapterError(
+            f"{folder / OURS} is of format {ours.get('format')!r}; this deltaw reads format {FORMAT}. Use the deltaw "
+            f"that wrote it, or delete {OURS} to read the folder as a foreign adapter."
+        )
     try:
         spec = _spec(config, ours)
         known = {p["name"]: site_from(p) for p in ours["places"]} if ours else {}
         print_ = ours.get("fingerprint") if ours else None
         fingerprint = BaseFingerprint(**print_) if print_ else None
-    except (KeyError, TypeError, ValueError) as error:
+        overrides, provenance = (_object(ours, key) for key in ("overrides", "provenance"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DeltawError):
             raise
         raise AdapterError(f"{folder / OURS} is not what deltaw writes: {error}") from None
@@ -198,9 +210,9 @@ def read_adapter(path: str | Path) -> Adapter:
         places=tuple(places[s] for s in sites),
         shared=shared,
         replaced=tuple(replaced),
-        overrides=ours.get("overrides", {}) if ours else {},
+        overrides=overrides,
         fingerprint=fingerprint,
-        provenance=ours.get("provenance", {}) if ours else _told(config),
+        provenance=provenance if ours else _told(config),
     )
     if ours and adapter.id != ours.get("id"):
         raise AdapterError(
@@ -216,10 +228,18 @@ def read_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
+def _object(ours: dict[str, Any] | None, key: str) -> dict[str, Any]:
+    value = (ours or {}).get(key, {})
+    if not isinstance(value, dict):
+        raise TypeError(f"{key} is {type(value).__name__}, not an object")
+    return value
+
+
 def _told(config: dict[str, Any]) -> dict[str, Any]:
     """What PEFT's file tells of where an adapter comes from."""
     kind = next((kind for kind, name in _TASKS.items() if name == config.get("task_type")), None)
-    return {"base": config.get("base_model_name_or_path"), **({} if kind is None else {"kind": kind})}
+    base = config.get("base_model_name_or_path")
+    return {"base": base if isinstance(base, str) else None, **({} if kind is None else {"kind": kind})}
 
 
 def noted(path: str | Path) -> dict[str, Any]:
@@ -258,6 +278,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise AdapterError(f"{path} ({size} bytes) is truncated or no safetensors file: {error}") from None
+    if not found:
+        raise AdapterError(f"{path} holds no tensors.")
+    if odd := sorted(name for name, t in found.items() if t.dtype not in _DTYPES or t.ndim == 0):
+        what = str(found[odd[0]].dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{path} holds {odd[0]} as {what} of shape {list(found[odd[0]].shape)}; an adapter's tensors are float32, "
+            "float16, bfloat16 or float64, of one dimension or more. Save it again as one of these."
+        )
     order = read_header(path)  # `load` gives tensors in no order
     return {name: found[name] for name in sorted(found, key=lambda name: (order[name][2:], name))}
 
@@ -268,7 +296,9 @@ def _spec(config: dict[str, Any], ours: dict[str, Any] | None) -> MethodSpec:
         known = sorted({m.peft_type for m in METHODS if m.peft_type})
         raise AdapterError(f"{CONFIG} says peft_type={config.get('peft_type')!r}; known here: {', '.join(known)}.")
     if ours is None:
-        return method.from_peft(config)
+        spec = method.from_peft(config)
+        refuse_unknown(config, also=set(spec.to_peft([])))
+        return spec
     spec = spec_from(ours["spec"])
     wanted = spec.to_peft([])
     wanted.pop("fan_in_fan_out", None)
@@ -324,10 +354,22 @@ def _understood(
         else:
             replaced.append(Replacement(path.replace(".base_layer.", "."), tensor))
     if unknown:
-        shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
-        raise AdapterError(f"{TENSORS} holds tensors that method {spec.name!r} does not have: {shown}.")
+        raise AdapterError(f"{TENSORS} holds tensors that method {spec.name!r} does not have: {some(unknown)}.")
     places = {s: known.get(s) or _place(type(spec), s, params, kinds.get(s, "linear")) for s, params in sites.items()}
+    if not known:
+        _refuse_contradictions(spec, sites, places)
     return sites, shared, places, replaced
+
+
+def _refuse_contradictions(spec: MethodSpec, sites: dict[str, dict[str, Tensor]], places: dict[str, Site]) -> None:
+    """Raise AdapterError where factors, which tell the sizes of a foreign adapter's places, are not as its settings."""
+    problems = []
+    for name, params in sites.items():
+        if type(spec).peft_site(name, params) is None and places[name].kind in ("linear", "embedding"):
+            wanted = spec.shapes(places[name], set(params) != {"bias"})
+            problems += misfits(name, wanted, params, "its settings need")
+    if problems:
+        raise AdapterError(f"{TENSORS} is not what {CONFIG} says: {some(problems, between='; ')}.")
 
 
 def _is_its_own(module: str, spec: MethodSpec, known: dict[str, Site]) -> bool:
@@ -350,13 +392,3 @@ def _token_rows(config: dict[str, Any], module: str) -> tuple[int, ...]:
     if not isinstance(rows, list):
         raise AdapterError(f"{CONFIG} does not say which rows of {module} its tensor holds.")
     return tuple(rows)
-
-
-def _card(adapter: Adapter, config: dict[str, Any]) -> str:
-    base = config["base_model_name_or_path"] or "unknown"
-    head = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [{adapter.spec.name}, deltaw]\n---\n\n"
-    print_ = adapter.fingerprint.short() if adapter.fingerprint else "unknown"
-    return (
-        head + f"# Adapter {adapter.id[:12]}\n\nMethod {adapter.spec.name}, {adapter.n_parameters:,} parameters, "
-        f"trained on {print_}. Load it with deltaw{' or HF PEFT' if adapter.spec.in_peft else ''}.\n"
-    )
