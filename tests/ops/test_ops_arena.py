@@ -92,7 +92,7 @@ def test_ops_arena_scratch_is_apart_from_what_is_kept() -> None:
 
 
 def test_ops_arena_without_a_region_allocates_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_physical_bytes", lambda: 0)
+    monkeypatch.setattr(module, "physical_bytes", lambda: 0)
     arena = Arena()
     a, b = arena.keep(4, like=LIKE), arena.keep(4, like=LIKE)
     assert a.data_ptr() != b.data_ptr()

@@ -79,6 +79,7 @@ def test_a_budget_is_a_number_of_gb_above_0() -> None:
         ("train.save_every_s=.nan", "save_every_s must be"),
         ("train.optimizer.lora_plus_ratio=0", "lora_plus_ratio must be"),
         ("train.optimizer.weight_decay=-0.1", "weight_decay must be"),
+        ("train.optimizer.eps=0", "optimizer.eps must be a finite number above 0"),
         ("train.optimizer.weight_decay=.nan", "weight_decay must be"),
         ("train.optimizer.eps=-1", "eps must be"),
         ("train.optimizer.betas=[0.9, 1.5]", "betas must be"),
@@ -114,6 +115,14 @@ def test_an_impossible_value_is_refused_with_its_key(override: str, said: str) -
 )
 def test_a_method_s_complaint_comes_through_as_one_sentence(override: str, said: str) -> None:
     assert said in refused(PLAIN, override)
+
+
+@pytest.mark.parametrize("override", ["adapter.method=xyz", "adapter={method: full, rank: 3}", "train.lr=-1"])
+def test_a_complaint_ends_with_one_full_stop(override: str) -> None:
+    said = refused(PLAIN, override)
+    assert said.endswith(".")
+    assert not said.endswith("..")
+    assert ".;" not in said
 
 
 def test_overrides_are_read_as_people_write_numbers() -> None:

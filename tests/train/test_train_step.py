@@ -281,6 +281,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(base: P
     assert all(torch.equal(t, before[n]) for n, t in loop.parameters.items() if n != name)
 
 
+@pytest.mark.parametrize("valid", [None, VALID])
+def test_a_last_step_that_breaks_the_adapter_is_no_result(base: Path, tmp_path: Path, valid: list | None) -> None:
+    out = tmp_path / "run"
+    said = "left NaN or Inf in" if valid is None else "the loss on the validation rows is nan after it"
+    with pytest.raises(WorkFailed, match=said):
+        run(recipe(base, train={"steps": 1, "lr": 1e39}), out, valid=valid)
+    assert not (out / "done.json").exists()
+    assert not (out / "adapter").exists()
+
+
 def test_training_in_bfloat16_keeps_float32_parameters_and_learns(base: Path, tmp_path: Path) -> None:
     plain = recipe(base, base={"dtype": "bfloat16"}, train={"steps": 30})
     events = run(plain, tmp_path / "run", rows=ROWS[:4], valid=VALID)

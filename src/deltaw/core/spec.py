@@ -143,6 +143,8 @@ class MethodSpec(BaseModel):
             first, dash, last = value.partition("-")
             if not (first.isdigit() and (last.isdigit() if dash else True)):
                 raise ValueError(f"is {value!r}; write a list [0, 1] or a range '0-11'")
+            if dash and int(first) > int(last):
+                raise ValueError(f"is {value!r}, which ends before it begins; write '{last}-{first}'")
         return value
 
     @model_validator(mode="after")
@@ -287,7 +289,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {key!r} for {model.__name__}.{near(key, model.model_fields)}")
+            lines.append(f"unknown setting {key!r} for {model.__name__}.{near(key, model.model_fields)}".rstrip("."))
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{model.__name__}.{key}: {message} (got {item.get('input')!r})")

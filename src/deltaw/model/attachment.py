@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from deltaw.core.fingerprint import BaseFingerprint
 from deltaw.core.site import LinearSite, Site
 from deltaw.core.spec import Form, Made, MethodSpec, Params, Start
 from deltaw.core.targets import matches
-from deltaw.errors import TargetError
+from deltaw.errors import SpecError, TargetError
 from deltaw.model.places import Places
 from deltaw.model.replaced import owners, swapped
+from deltaw.ops.arena import physical_bytes
 
 
 @dataclass
@@ -129,6 +131,7 @@ def fresh(spec: MethodSpec, places: Places, rng: torch.Generator, beside: Beside
     chosen = places.chosen(spec)
     _refuse_idle(spec, list(chosen.values()), places)
     attachment.places = _wanted(spec, chosen, places)
+    _refuse_too_large(spec, attachment.places, chosen)
     fixed = type(spec).fixed
     every = list(attachment.places.values())
     shared = spec.init_shared(every, rng)
@@ -140,6 +143,18 @@ def fresh(spec: MethodSpec, places: Places, rng: torch.Generator, beside: Beside
     for tensor, value in swapped(spec, places).items():
         attachment.swaps[tensor] = value.detach().float().clone().requires_grad_()
     return attachment
+
+
+def _refuse_too_large(spec: MethodSpec, places: Mapping[str, Site], chosen: Mapping[str, Site]) -> None:
+    """Raise SpecError for parameters that no memory of this machine holds, before it is asked for them."""
+    shapes = [shape for name, site in places.items() for shape in spec.shapes(site, name in chosen).values()]
+    shapes += spec.shared_shapes(list(places.values())).values() if places else []
+    needed, there = 4 * sum(map(math.prod, shapes)), physical_bytes()
+    if there and needed > there and torch.get_default_device().type != "meta":  # a plan is for any machine
+        raise SpecError(
+            f"The adapter's parameters alone would take {needed / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.1f} GB of memory: choose a lower rank (or size), or fewer targets."
+        )
 
 
 def _leaf(value: Tensor, trains: bool) -> Tensor:

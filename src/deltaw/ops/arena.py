@@ -55,7 +55,7 @@ class _Stack:
         return torch.empty(0, dtype=dtype).set_(self._region, at, shape, strides)
 
     def _reserve(self) -> None:
-        size = _physical_bytes()
+        size = physical_bytes() // 4 * 3
         while size > _LEAST:
             try:
                 held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -161,9 +161,10 @@ class Lease:
         self.end()
 
 
-def _physical_bytes() -> int:
+def physical_bytes() -> int:
+    """This machine's memory; 0 where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 * 3
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.core.misfits import not_finite, some
 from deltaw.data.template import Example
 from deltaw.errors import WorkFailed
 from deltaw.model.model import Model
@@ -57,6 +58,9 @@ class Progress:
     stopped_early: bool = False
     paged_mb: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+_LOWER = "Lower train.lr or adapter.alpha, or use base.dtype=float32; the last checkpoint is kept."
 
 
 class Loop:
@@ -105,6 +109,11 @@ class Loop:
                 yield self._evaluate()
             progress.loop_s = before + time.perf_counter() - began
 
+    def refuse_broken(self) -> None:
+        """Raise WorkFailed where the last update left a parameter with NaN or Inf: it is no result."""
+        if bad := not_finite(self.parameters):
+            raise WorkFailed(f"Step {self.progress.step} left NaN or Inf in {some(bad)}. {_LOWER}")
+
     @property
     def finished(self) -> bool:
         """Whether no step is left."""
@@ -133,7 +142,7 @@ class Loop:
             where = ", ".join(self.examples[i].where for i in rows[:3])
             raise WorkFailed(
                 f"Step {progress.step + 1}: loss is {loss}, gradient norm {norm}. Rows of this step: {where}, ... "
-                "Lower train.lr or adapter.alpha, or use base.dtype=float32; the last checkpoint is kept."
+                f"{_LOWER}"
             )
         lr = learning_rate(progress.step, self.schedule.n_steps, spec)
         for group in self.optimizer.param_groups:
@@ -172,8 +181,10 @@ class Loop:
         progress, spec = self.progress, self.recipe.eval
         began = time.perf_counter()
         value, loss = self.evaluate()
+        if loss is not None and not math.isfinite(loss):
+            raise WorkFailed(f"Step {progress.step}: the loss on the validation rows is {loss} after it. {_LOWER}")
         lower_is_better = spec.metric in ("loss", "perplexity")
-        best = progress.best if progress.best is not None and math.isfinite(progress.best) else None
+        best = progress.best
         better = best is None or (value < best if lower_is_better else value > best)
         if better:
             progress.best, progress.stale = value, 0

@@ -106,6 +106,7 @@ class TrainSpec(BaseModel):
             "lr": self.lr,
             "threads": self.threads,
             "optimizer.lora_plus_ratio": self.optimizer.lora_plus_ratio,
+            "optimizer.eps": self.optimizer.eps,
         }
         for key, value in positive.items():
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -119,7 +120,6 @@ class TrainSpec(BaseModel):
             "clip": self.clip,
             "save_every_s": self.save_every_s,
             "optimizer.weight_decay": o.weight_decay,
-            "optimizer.eps": o.eps,
         }
         for key, value in not_negative.items():
             if not (math.isfinite(value) and value >= 0):
@@ -338,7 +338,8 @@ def _explain(error: ValidationError) -> str:
         else:
             given = item.get("input")
             found = "" if isinstance(given, dict) else f" (got {given!r})"
-            lines.append(f"{where}{': ' if where else ''}{item['msg'].removeprefix('Value error, ')}{found}.")
+            said = item["msg"].removeprefix("Value error, ").rstrip(".")
+            lines.append(f"{where}{': ' if where else ''}{said}{found}.")
     return " ".join(lines)
 
 

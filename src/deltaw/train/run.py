@@ -277,6 +277,7 @@ def _events(
             saved_at = time.perf_counter()
         if ends:
             return
+    loop.refuse_broken()
     if recipe.eval.keep == "last" or progress.best is None:
         _save_result(loop, identity, out)
     elif not recipe.adapter.trains_base:
