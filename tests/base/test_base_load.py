@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from deltaw.errors import BaseError, NotFound
+from deltaw.model.describe import describe_base
 from deltaw.model.load import (
     check_finite,
     load_tokenizer,
@@ -133,6 +134,37 @@ def test_what_is_no_causal_model_is_refused(base, change):
     (base / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(BaseError, match=r"does not load as a causal language model"):
         load_transformers(base, "float32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "banana"}, {"eos_token_id": "x"}, {"num_attention_heads": 7}, {"num_attention_heads": 0},
+        {"hidden_size": "x"}, {"hidden_size": -4}, {"quantization_config": 5}, {"rope_parameters": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nonsense_in_a_config_is_one_sentence(base, change):
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for read in (lambda: load_transformers(base, "float32"), lambda: describe_base(base)):
+        with pytest.raises(BaseError, match=str(base)):
+            read()
+
+
+@pytest.mark.parametrize("index", [{"weight_map": 5}, {"weight_map": {"a": 5}}, {}])
+def test_an_index_without_files_is_one_sentence(base, index):
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseError, match="has no weight_map of tensors to files"):
+        load_transformers(base, "float32")
+
+
+@pytest.mark.parametrize("tokenizer", [{"model": 5}, {"added_tokens": [5]}, {"model": {"merges": [5]}}])
+def test_nonsense_in_a_tokenizer_is_one_sentence(base, tokenizer):
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BaseError, match=r"tokenizer\.json is not what a model's file holds"):
+        describe_base(base)
 
 
 def test_code_from_a_repository_is_not_run(base):

@@ -26,7 +26,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise broken(index, "has no weight_map of tensors to files")
+        shards = sorted(set(named.values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             what = f"{folder} misses {', '.join(missing)}, which {index.name} names"
@@ -87,6 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseError(f"{path.parent} has no {path.name}.\n  Give a model's folder in Hugging Face layout.") from None
+    except OSError as problem:
+        raise broken(path, f"cannot be read: {problem.strerror}") from problem
     except ValueError as problem:
         raise broken(path, f"is not valid JSON: {problem}") from problem
     if not isinstance(value, dict):

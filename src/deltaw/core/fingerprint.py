@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,9 @@ def fingerprint_folder(folder: Path, cache: Path | None = None, *, checked: bool
     fingerprint = BaseFingerprint(
         name=_human_name(folder),
         weights=weights,
-        architecture=_sha256(_canonical(_architecture(config))),
+        architecture=_told(folder / "config.json", lambda: _sha256(_canonical(_architecture(config)))),
         model_type=str(config.get("model_type", "")),
-        tokenizer=_hash_tokenizer(folder),
+        tokenizer=_told(folder / "tokenizer.json", lambda: _hash_tokenizer(folder)),
         chat_template=_hash_chat_template(folder),
         format=_saved_format(config),
         dtype=dtype,
@@ -252,6 +252,14 @@ def _canonical_name(name: str) -> str:
 def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
     """Whether it is a constant (causal mask, rotary frequencies) that old files hold and new ones do not."""
     return name.endswith("rotary_emb.inv_freq") or (name.endswith(MASKS) and len(shape) in (0, 4))
+
+
+def _told(path: Path, hashed: Callable[[], str]) -> str:
+    """A part of the fingerprint. Raises BaseError for a file whose entries are of other kinds than a model's."""
+    try:
+        return hashed()
+    except (AttributeError, KeyError, TypeError, ArithmeticError) as problem:
+        raise broken(path, f"is not what a model's file holds ({problem})") from problem
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from deltaw.core.checkpoint_files import read_json
 from deltaw.errors import BaseError
 from deltaw.model.kinds import AUTO, NAMES, folder_kind, with_labels
-from deltaw.model.quiet import making, quiet
+from deltaw.model.quiet import UNUSABLE, making, quiet
 
 
 def empty_network(folder: Path, labels: Sequence[str] | None = None) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def empty_network(folder: Path, labels: Sequence[str] | None = None) -> PreTrain
         with making(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             net = AUTO[kind].from_config(with_labels(config, labels), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
+    except UNUSABLE as problem:
         raise BaseError(
             f"{folder} is no {NAMES[kind]} that transformers knows: {problem}\n  Check its config.json."
         ) from problem
@@ -45,7 +45,7 @@ def network_from(config: dict[str, Any], dtype: torch.dtype, labels: Sequence[st
         with making(), torch.device("meta"):
             made = with_labels(AutoConfig.for_model(family, **settings), labels)
             net = AUTO[kind].from_config(made, dtype=dtype, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as problem:
+    except UNUSABLE as problem:
         raise BaseError(
             f"this config (model_type {family!r}) is no {NAMES[kind]} that transformers knows: {problem}\n"
             "  Check its config.json."

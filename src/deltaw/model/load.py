@@ -16,7 +16,7 @@ from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_jso
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.kinds import AUTO, NAMES, folder_kind, has_head, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
-from deltaw.model.quiet import making, quiet
+from deltaw.model.quiet import UNUSABLE, making, quiet
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space
 from deltaw.model.unsupported import refuse_unsupported, some
 
@@ -126,7 +126,7 @@ def load_transformers(
             )
     except BaseError as problem:
         raise BaseError(f"{folder}: {problem}") from problem
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as problem:
+    except UNUSABLE as problem:
         raise BaseError(
             f"{folder} does not load as a {NAMES[kind]}: {_first_line(problem)}\n"
             "  Check config.json; models that need code from their repository are refused."

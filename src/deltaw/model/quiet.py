@@ -12,6 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from huggingface_hub.errors import StrictDataclassError
+
+UNUSABLE = (
+    ValueError, OSError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for a config that makes no network."""
+
 _making = threading.RLock()
 _switches = threading.Lock()
 _inside: list[ExitStack] = []  # one entry a block; the first holds what restores
