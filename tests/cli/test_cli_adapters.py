@@ -124,6 +124,7 @@ def test_cli_adapters_a_reference_serves_wherever_a_folder_does(
     whole = deltaw("diagnose", "yes-no", "--base", base, "--json")
     assert (served.code, whole.code, whole.json["method"]) == (0, 0, "lora")
     refused(deltaw("inspect", "yes-no@v1"), "RegistryError", "write yes-no@1")
+    refused(deltaw("generate", "--base", base, "--adapter", "runs/gone", "x"), "NotFound", "there is no such folder")
     refused(deltaw("generate", "--base", base, "--adapter", "yes-on", "x"), "NotFound", "Did you mean 'yes-no'")
 
 

@@ -138,6 +138,17 @@ def test_places_that_cannot_be_written_to_are_said_before_the_work(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_name_that_no_system_takes_is_one_sentence(deltaw: Call, base: Path, trained: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out in (long, tmp_path / "loop"):
+        ended = deltaw("merge", "--base", base, "--adapter", trained, "--out", out)
+        assert ended.code in (1, 2)
+        assert "Traceback" not in ended.err
+        assert "too long" in ended.err or "symbolic links" in ended.err
+    refused(deltaw("generate", "--base", long, "ab ?"), "OSError", "too long")
+
+
 def test_a_truncated_gguf_is_one_sentence(deltaw: Call, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     ended = deltaw("generate", "--base", tmp_path / "x.gguf", "hello")

@@ -120,6 +120,26 @@ def test_an_output_folder_with_another_run_is_exit_2(deltaw: Call, written: Path
     refused(deltaw("train", written, "--out", tmp_path / "file"), "RunError", "file")
 
 
+def test_a_run_that_cannot_begin_leaves_its_folder_as_it_was(deltaw: Call, written: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "me.txt").write_text("x")
+    refused(deltaw("train", written, "--out", mine), "RunError", "holds something that is not a run (me.txt)")
+    assert [p.name for p in mine.iterdir()] == ["me.txt"]
+    refused(deltaw("train", written, "adapter.targets=[absent]", "--out", tmp_path / "new"), "TargetError", "absent")
+    assert not (tmp_path / "new").exists()
+    (mine / "me.txt").unlink()
+    refused(deltaw("train", written, "adapter.targets=[absent]", "--out", mine), "TargetError", "absent")
+    assert list(mine.iterdir()) == []
+
+
+@pytest.mark.parametrize("held", ["[]", "{}", '{"recipe": 5}', "nonsense"])
+def test_a_damaged_run_is_named(deltaw: Call, written: Path, tmp_path: Path, held: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(held)
+    refused(deltaw("train", written, "--out", tmp_path / "run"), "RunError", "run.json is damaged")
+
+
 def test_work_that_fails_is_exit_1_and_keeps_stdout_json(deltaw: Call, written: Path, tmp_path: Path) -> None:
     ended = deltaw("train", written, "train.lr=1e30", "train.clip=0", "--out", tmp_path / "run", "--json")
     assert ended.code == 1

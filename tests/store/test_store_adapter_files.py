@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -15,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import deltaw
 from deltaw import Adapter, Lora
-from deltaw.errors import AdapterError, BaseMismatch, NotFound
+from deltaw.errors import AdapterError, BaseMismatch, NotFound, WorkFailed
 from deltaw.model.identity import OtherBaseWarning
 from deltaw.model.model import Model
-from deltaw.store.files import whole_folder, write_text
+from deltaw.store.files import whole_file, whole_folder, write_text
 from deltaw.store.peft import CONFIG, OURS, TENSORS, read_adapter, write_adapter
 from models import make_fingerprint, make_ids, make_net, make_tokenizer, randomise
 
@@ -134,6 +135,20 @@ def test_a_failed_write_leaves_what_was_there(folder, tmp_path):
         fill(aside)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_is_no_folder_is_never_replaced_by_one(made, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(AdapterError, match="is a file; an adapter is a folder"):
+            write_adapter(made, tmp_path / name)
+        with pytest.raises(WorkFailed, match="it is no folder"), whole_folder(tmp_path / name):
+            pass
+        with pytest.raises(WorkFailed, match="it is a folder or a device"), whole_file(tmp_path / name) as aside:
+            aside.write_text("x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 def test_a_full_disk_is_said_in_one_sentence_and_leaves_nothing(made, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -72,6 +73,9 @@ def _say_warning(message: Warning | str, category: type[Warning], *_: object) ->
         print(f"warning: {message}", file=sys.stderr)
 
 
+_OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
 def main() -> None:
     """Run the program. Exit codes: 0 done, 1 the work failed, 2 bad input."""
     warnings.showwarning = _say_warning  # type: ignore[assignment]
@@ -80,5 +84,9 @@ def main() -> None:
     except DeltawError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = f"{str(error.filename)!r:.200}: " if error.filename is not None else ""
+        print(f"{type(error).__name__}: {where}{error.strerror or error}.", file=sys.stderr)
+        sys.exit(2 if error.errno in _OF_A_NAME else 1)
     except KeyboardInterrupt:
         sys.exit(130)

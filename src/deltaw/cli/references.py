@@ -53,6 +53,8 @@ def adapter_path(given: str | Path, registry: Path | None = None) -> Path:
     path = Path(given).expanduser()
     if path.exists() or (registry is None and _default["registry"] is None):
         return path
+    if "/" in str(given) or "\\" in str(given):
+        raise NotFound(f"No adapter at {path}: there is no such folder (and no reference has a slash).")
     try:
         return open_registry(registry).folder(str(given))
     except (NotFound, RegistryError) as problem:

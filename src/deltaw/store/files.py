@@ -25,7 +25,7 @@ def space_explained(what: str, where: Path) -> Iterator[None]:
             raise WorkFailed(full) from None
         if error.errno == errno.EFBIG:
             raise WorkFailed(limit) from None
-        if isinstance(error, _UNWRITABLE) or error.errno == errno.EROFS:
+        if isinstance(error, _UNWRITABLE) or error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP):
             raise WorkFailed(f"Cannot write {what} to {where}: {error.strerror}. Choose another place.") from None
         raise
     except Exception as error:  # safetensors raises its own class around the system's error
@@ -72,6 +72,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     target = Path(target).absolute()
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     with space_explained(target.name, target.parent):
+        if target.exists() and not target.is_file():
+            raise WorkFailed(f"Cannot write {target}: it is a folder or a device. Choose another name.")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
@@ -88,9 +90,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     An existing `target` is replaced: it is set aside first and put back if the rename fails.
     """
-    target = Path(target).resolve()  # "." and links are no names to rename
+    try:
+        target = Path(target).resolve()  # "." and links are no names to rename
+    except RuntimeError as error:
+        raise WorkFailed(f"Cannot write {target}: it leads through too many symbolic links ({error}).") from None
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     with space_explained(target.name, target.parent):
+        if target.exists() and not target.is_dir():
+            raise WorkFailed(f"Cannot write {target}: it is no folder. Choose another name.")
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         try:

@@ -83,7 +83,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
 
 def refuse_foreign(folder: Path) -> None:
     """Raise AdapterError where `write_adapter` would write over something that is no adapter."""
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file; an adapter is a folder. Choose another name.")
     if foreign := sorted(p.name for p in folder.glob("*") if p.name not in _OURS):
         raise AdapterError(f"{folder} holds something that is not an adapter's ({foreign[0]}); choose another folder.")

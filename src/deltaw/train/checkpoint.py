@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,12 @@ def machine() -> dict[str, Any]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; RunError when another one trains there. A killed process holds nothing."""
+    """Hold `out` for this process; RunError when another one trains there. A killed process holds nothing.
+
+    Where no run begins, `out` is left as it was.
+    """
+    _refuse_foreign(out)
+    was_there = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +77,11 @@ def locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (out / "run.json").exists():
+            with suppress(OSError):  # where an open file has to keep its name
+                (out / ".lock").unlink()
+                if not was_there:
+                    out.rmdir()
         lock.release()
 
 
@@ -96,12 +106,12 @@ def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> 
     path = out / "run.json"
     identity = json.loads(json.dumps(identity))
     if not path.exists():
-        others = [p.name for p in out.iterdir() if p.name != ".lock" and not _LEFT.fullmatch(p.name)]
-        if others:
-            raise RunError(f"{out} holds something that is not a run ({others[0]}). Choose another --out.")
+        _refuse_foreign(out)
         return False
     try:
         there = json.loads(path.read_text())
+        if not (isinstance(there, dict) and isinstance(there.get("recipe"), dict)):
+            raise ValueError("it holds no recipe")
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. Choose another --out.") from None
     if lines := _other_base(there.get("base"), identity["base"]):
@@ -117,6 +127,14 @@ def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> 
             "pass --allow-other-machine to go on all the same."
         )
     return True
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise RunError where `out` is a folder with files, and none of them says that it is a run's."""
+    if out.is_dir() and not (out / "run.json").exists():
+        others = [p.name for p in out.iterdir() if p.name != ".lock" and not _LEFT.fullmatch(p.name)]
+        if others:
+            raise RunError(f"{out} holds something that is not a run ({others[0]}). Choose another --out.")
 
 
 def _other_base(there: dict[str, Any] | None, here: dict[str, Any] | None) -> str:
