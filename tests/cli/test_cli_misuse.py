@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -155,6 +156,31 @@ def test_a_truncated_gguf_is_one_sentence(deltaw: Call, tmp_path: Path) -> None:
     assert (ended.code, ended.out) == (2, "")
     assert "BaseError: x.gguf cannot be read as a model" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_read(deltaw: Call, base: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = deltaw("serve", "--base", base / "absent", "--port", port)
+        refused(ended, "ServeError", f"Cannot listen on 127.0.0.1, port {port}", "Choose another --host or --port")
+    refused(deltaw("serve", "--base", base, "--host", "no.such.host.invalid"), "ServeError", "no.such.host.invalid")
+
+
+def test_numbers_at_the_ends_of_their_ranges_sample(deltaw: Call, base: Path) -> None:
+    greedy = deltaw("generate", "--base", base, "ab ?", "--max-tokens", 4).out
+    assert deltaw("generate", "--base", base, "ab ?", "--max-tokens", 4, "--temperature", 1e-320).out == greedy
+    ended = deltaw("generate", "--base", base, "ab ?", "--temperature", 1, "--seed", 10**30)
+    assert (ended.code, ended.out) == (2, "")
+    assert "--seed" in ended.err
+
+
+def test_an_answer_of_nothing_is_said(deltaw: Call, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltaw.model.generate.generate", lambda model, prompts, *_, **__: [[] for _ in prompts])
+    ended = deltaw("generate", "--base", base, "ab ?")
+    assert (ended.code, ended.out) == (0, "\n")
+    assert "The answer is empty" in ended.err
 
 
 def test_sampling_from_no_probability_at_all_takes_the_likeliest(deltaw: Call, base: Path) -> None:

@@ -31,7 +31,7 @@ SITE = LinearSite("model.layers.0.self_attn.q_proj", 24, 40, has_bias=True)
         ({"dropout": 1.0}, "dropout: must be at least 0 and below 1"),
         ({"dropout": math.nan}, "dropout: must be at least 0 and below 1"),
         ({"rnak": 3}, "unknown setting 'rnak' for Lora. Did you mean 'rank'"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: holds a rank below 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: holds a rank that is not from 1 to"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern: must be a finite number other than 0"),
         ({"layers": "1-x"}, r"layers: is '1-x'; write a list \[0, 1\] or a range"),
         ({"bias": "some"}, r"Lora\.bias"),

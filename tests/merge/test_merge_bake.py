@@ -20,8 +20,18 @@ from made_bases import (
     stored,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from deltaw.errors import BadInput
 from deltaw.merge.bake import bake
 from deltaw.merge.checkpoint import Planned, write_shards
 from deltaw.methods.lora import Lora
@@ -376,6 +386,18 @@ def test_a_base_without_a_tokenizer_is_probed_with_bytes(saved, tmp_path):
     assert report.probe.kind == "bytes"
     assert report.probe.n_tokens == 64  # the base's longest context
     assert report.probe.logit_max < 1e-4
+
+
+def test_a_tokenizer_that_knows_no_word_of_the_text_is_probed_with_bytes(saved, tmp_path):
+    base = saved(make_net("llama"))
+    signs = Tokenizer(BPE({"\u2654": 0, "\u2655": 1, "\u2656": 2}, []))  # leaves out what it does not know
+    PreTrainedTokenizerFast(tokenizer_object=signs, eos_token="\u2656").save_pretrained(base)
+    report = bake(base, noisy(base, Lora(rank=3)), tmp_path / "out")
+    assert report.probe.kind == "bytes"
+    assert report.probe.n_tokens > 1
+    with pytest.raises(BadInput, match="text to compare logits on is empty"):
+        bake(base, noisy(base, Lora(rank=3)), tmp_path / "other", text="")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_base_is_not_changed(saved, tmp_path):

@@ -31,7 +31,7 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random stream.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the random stream.")] = 0,
     dtype: DtypeOption = "auto",
     format: FormatOption = "dense",
     block: BlockOption = 64,
@@ -70,3 +70,5 @@ def generate(
         typer.echo(json.dumps({"text": text, "tokens": len(tokens), "prompt_tokens": len(ids)}))
     else:
         typer.echo(text.strip())
+        if not tokens:
+            say("The answer is empty: the model ended it with its first token.")

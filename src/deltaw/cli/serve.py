@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
+_say = partial(typer.echo, err=True)
+
 
 def require_extra(modules: tuple[str, ...]) -> None:
     """Raise ServeError, with what to install, where a package of the extra `serve` is missing."""
@@ -86,9 +88,10 @@ def serve(
     """Serve a base with any number of adapters over HTTP, as OpenAI's API."""
     require_extra(NEEDED)
     from deltaw.serve.keys import hash_admin_key
-    from deltaw.serve.server import hosts_of
+    from deltaw.serve.server import check_address, hosts_of
     from deltaw.serve.settings import ServerSettings
 
+    check_address(host, port)
     settings = ServerSettings(
         max_body_bytes=max_body_kb * 1024, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens,
         max_sequences=max_sequences, max_queue=max_queue, drain_s=drain_s, keys_file=api_keys,
@@ -97,10 +100,9 @@ def serve(
     )  # fmt: skip
     given = parse_given(adapter or [])
     kept = open_registry(registry) if registry is not None or registry_default() else None
-    say = partial(typer.echo, err=True)
     from deltaw.model.base import load_base
 
-    model = load_base(base, format, dtype, say, block=block, double_quant=double_quant, device=device)
+    model = load_base(base, format, dtype, _say, block=block, double_quant=double_quant, device=device)
     own = name_of(base, name, model.fingerprint and model.fingerprint.name)
     _run(model, own, kept, given, settings, (kv_mb, host_mb, adapters_mb), (host, port), json_logs=json_logs)
 
@@ -129,4 +131,4 @@ def _run(
     for short, path in given:
         served.give(short, path)
     set_up_logs(json_logs)
-    run_server(make_server(make_app(served, settings), *address), partial(typer.echo, err=True))
+    run_server(make_server(make_app(served, settings), *address), _say)

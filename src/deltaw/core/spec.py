@@ -29,6 +29,8 @@ Params = dict[str, Tensor]
 def _at_least_one(value: int) -> int:
     if value < 1:
         raise ValueError("must be at least 1")
+    if value >= 2**31:
+        raise ValueError("must be below 2**31")
     return value
 
 

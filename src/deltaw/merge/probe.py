@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.core.adapter import Adapter
-from deltaw.errors import WorkFailed
+from deltaw.errors import BadInput, WorkFailed
 from deltaw.model.classify import label_logits
 from deltaw.model.kinds import kind_of
 from deltaw.model.load import load_transformers
@@ -32,7 +32,8 @@ class Probe:
     """Logits of the merged model, read back from its folder, against base + adapter in float32.
 
     n_tokens         tokens compared
-    kind             "text", or "bytes" where the base has no tokenizer: the text's bytes as token numbers
+    kind             "text", or "bytes" where the base has no tokenizer, or one that knows no word of it: the text's
+                     bytes as token numbers
     logit_max        largest absolute difference;  logit_mean  mean absolute difference
     top1             share of tokens after which both find the same next token the likeliest; of a classifier, of the
                      rows of tokens that get the same label
@@ -133,8 +134,9 @@ def _tokens(model: Model, adapter: Adapter, text: str) -> tuple[Tensor, str]:
     limit = getattr(model.net.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     limit = MOST_TOKENS if model.kind == "classify" else limit  # its tokens are cut into rows
     n = max(1, min(MOST_TOKENS, int(limit)) - len(rows))
-    if model.tokenizer is None:
-        ids = [byte % vocab for byte in text.encode()]
-        return torch.tensor([ids[:n] + rows], dtype=torch.long), "bytes"
-    ids = model.tokenizer(text, truncation=True, max_length=n)["input_ids"]
-    return torch.tensor([ids + rows], dtype=torch.long), "text"
+    if not text:
+        raise BadInput("The text to compare logits on is empty: give some, or none for a page of Jane Austen.")
+    known = [] if model.tokenizer is None else model.tokenizer(text, truncation=True, max_length=n)["input_ids"]
+    kind = "text" if known else "bytes"  # a vocabulary may hold none of its words
+    ids = known or [byte % vocab for byte in text.encode()][:n]
+    return torch.tensor([ids + rows], dtype=torch.long), kind

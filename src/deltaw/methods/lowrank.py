@@ -61,8 +61,8 @@ class LowRank(MethodSpec):
     @field_validator("rank_pattern")
     @classmethod
     def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
-        if any(r < 1 for r in value.values()):
-            raise ValueError("holds a rank below 1")
+        if not all(1 <= r < 2**31 for r in value.values()):
+            raise ValueError("holds a rank that is not from 1 to 2**31 - 1")
         return value
 
     @field_validator("alpha_pattern")

@@ -150,12 +150,15 @@ def _batch(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
 
 
+_COLDEST = 1e-6  # the most likely token alone, to float32
+
+
 def _choose(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> Tensor:
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise WorkFailed("The logits are NaN or infinite: the adapter or the base is broken. Nothing was answered.")
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / sampling.temperature).softmax(-1)
+    probs = (logits.float() / max(sampling.temperature, _COLDEST)).softmax(-1)
     if sampling.top_p < 1:
         ranked, where = probs.sort(-1, descending=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p

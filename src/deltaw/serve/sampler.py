@@ -124,6 +124,9 @@ class Chooser:
             logits.masked_fill_(~allowed, float("-inf"))
 
 
+_COLDEST = 1e-6  # float32 has no temperature below 1e-38, and 0 / 0 is no probability
+
+
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
     """One token per row of logits [n, vocab], which may be written over; None where a row is NaN or infinite.
 
@@ -170,7 +173,9 @@ def _draw_any(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
     The running sum is made of blocks first, then within one of them. logits are written over.
     """
-    temperature = torch.tensor([[c.sampling.temperature] for c in choosers], dtype=torch.float32, device=logits.device)
+    temperature = torch.tensor(
+        [[max(c.sampling.temperature, _COLDEST)] for c in choosers], dtype=torch.float32, device=logits.device
+    )
     weights = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     whole = weights.shape[1] // _BLOCK * _BLOCK
     parts = [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1), weights[:, whole:].sum(-1, keepdim=True)]
@@ -191,7 +196,7 @@ def _draw_any(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
 def _draw_some(logits: Tensor, s: Sampling, uniform: float) -> int:
     """A token among those that top_k, then top_p (of what top_k left), then min_p leave; logits [vocab]."""
-    probs = ((logits - logits.amax()) / s.temperature).softmax(-1)
+    probs = ((logits - logits.amax()) / max(s.temperature, _COLDEST)).softmax(-1)
     most = min(s.top_k or len(probs), len(probs))
     ranked, ids = probs.topk(min(most, _FIRST_RANKED))
     if len(ranked) < most and float(ranked.sum()) < s.top_p:
