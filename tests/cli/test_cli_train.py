@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ended import Call, refused
+from safetensors.torch import load_file, save_file
 
 from deltaw.train.recipe import load_recipe
 from deltaw.train.run import train
@@ -134,7 +136,40 @@ def test_a_run_that_cannot_begin_leaves_its_folder_as_it_was(deltaw: Call, writt
     assert list(mine.iterdir()) == []
 
 
-@pytest.mark.parametrize("held", ["[]", "{}", '{"recipe": 5}', "nonsense"])
+def _drop_a_tensor(run: Path) -> None:
+    path = sorted((run / "checkpoints").iterdir())[-1] / "state.safetensors"
+    tensors = load_file(path)
+    del tensors[min(name for name in tensors if name.startswith("p|"))]
+    save_file(tensors, path)
+
+
+def _shorten_tensors(run: Path) -> None:
+    path = sorted((run / "checkpoints").iterdir())[-1] / "state.safetensors"
+    save_file({name: t.flatten()[:1].clone() for name, t in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_drop_a_tensor, "is no checkpoint of this run"),
+        (_shorten_tensors, "is no checkpoint of this run"),
+        (lambda run: (sorted((run / "checkpoints").iterdir())[-1] / "state.json").write_text('{"step": "x"}'), "lacks"),
+        (lambda run: (run / "done.json").write_text("[]"), "done.json is damaged"),
+        (lambda run: (run / "done.json").write_text("{"), "done.json is damaged"),
+    ],
+    ids=["a tensor gone", "shapes", "state", "done list", "done"],
+)
+def test_damage_in_a_run_is_one_sentence(
+    deltaw: Call, written: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    out = tmp_path / "run"
+    assert deltaw("train", written, "train.steps=2", "train.save_every_s=0", "--out", out).code == 0
+    (out / "done.json").unlink()
+    damage(out)
+    refused(deltaw("train", written, "train.steps=2", "train.save_every_s=0", "--out", out), "RunError", said)
+
+
+@pytest.mark.parametrize("held", ["[]", "{}", '{"recipe": 5}', '{"recipe": {}}', "nonsense"])
 def test_a_damaged_run_is_named(deltaw: Call, written: Path, tmp_path: Path, held: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(held)

@@ -110,11 +110,11 @@ def find_run(out: Path, identity: dict[str, Any], allow_other_machine: bool) -> 
         return False
     try:
         there = json.loads(path.read_text())
-        if not (isinstance(there, dict) and isinstance(there.get("recipe"), dict)):
-            raise ValueError("it holds no recipe")
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Choose another --out.") from None
-    if lines := _other_base(there.get("base"), identity["base"]):
+        _by_content(there)
+        was_on = None if there.get("base") is None else BaseFingerprint(**there["base"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error!r}. Choose another --out.") from None
+    if lines := _other_base(was_on, identity["base"]):
         raise RunError(f"{out} holds another run, on another base:\n{lines}\n  Choose another --out, or remove it.")
     told_apart = ["versions", "machine", *(["base"] if there.get("base") and identity["base"] else [])]
     fixed = [k for k in {**identity, **there} if k not in told_apart]
@@ -137,11 +137,11 @@ def _refuse_foreign(out: Path) -> None:
             raise RunError(f"{out} holds something that is not a run ({others[0]}). Choose another --out.")
 
 
-def _other_base(there: dict[str, Any] | None, here: dict[str, Any] | None) -> str:
+def _other_base(there: BaseFingerprint | None, here: dict[str, Any] | None) -> str:
     """Field by field how the base of the run that is there differs from this one's, whatever their folders' names."""
     if not there or not here:
         return ""  # one was made in memory: find_run compares them whole
-    return "\n".join(told_differences(BaseFingerprint(**there).differences(BaseFingerprint(**here)), "the run"))
+    return "\n".join(told_differences(there.differences(BaseFingerprint(**here)), "the run"))
 
 
 def begin_run(out: Path, identity: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ def newest_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | N
         return None
     try:
         state = json.loads((found[-1] / "state.json").read_text())
-        if not (isinstance(state, dict) and {"step", "metrics_bytes"} <= state.keys()):
+        if not (isinstance(state, dict) and all(type(state.get(key)) is int for key in ("step", "metrics_bytes"))):
             raise ValueError("state.json lacks what a checkpoint keeps")
         return load_file(found[-1] / "state.safetensors"), state
     except (SafetensorError, OSError, ValueError) as error:

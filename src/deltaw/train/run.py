@@ -159,11 +159,7 @@ def _train(
     if plan is not None and recipe.budget is not None:
         keep_choice(out, asked, recipe, plan)
         yield planned_event(recipe.budget.memory_gb, plan)
-    keep_bytes = 0
-    if was_there and (found := newest_checkpoint(out)) is not None:
-        tensors, state = found
-        keep_bytes = int(state.pop("metrics_bytes"))
-        loop.restore(tensors, state)
+    keep_bytes = _go_on(loop, out) if was_there else 0
     board = [TensorBoard(out / "tensorboard", loop.progress.step)] if recipe.train.tensorboard else []
     sinks: list[Any] = [metrics := MetricsFile(out / "metrics.jsonl", keep_bytes), *board]
     try:
@@ -175,6 +171,22 @@ def _train(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _go_on(loop: Loop, out: Path) -> int:
+    """Put the loop where the newest checkpoint was; how many bytes of the metrics belong to it."""
+    if (found := newest_checkpoint(out)) is None:
+        return 0
+    tensors, state = found
+    keep_bytes = int(state.pop("metrics_bytes"))
+    try:
+        loop.restore(tensors, state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise RunError(
+            f"The newest folder in {out / 'checkpoints'} is no checkpoint of this run: {error}. Remove it to go on "
+            "from the one before."
+        ) from None
+    return keep_bytes
 
 
 def _base(recipe: Recipe, dtype: str, say: Callable[[str], None] | None) -> Model:
@@ -201,7 +213,10 @@ def _done_before(out: Path, finished: Path, what: str) -> Done:
     """The last event of a run that is complete. Raises RunError when its result is gone."""
     if not (result := out / what).is_dir():
         raise RunError(f"{out} says that its run is done, but {result} is gone. Remove {finished} to make it again.")
-    return Done(**json.loads(finished.read_text()))
+    try:
+        return Done(**json.loads(finished.read_text()))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{finished} is damaged: {error}. Remove it: the run then ends again.") from None
 
 
 def _within_budget(recipe: Recipe, out: Path, rows: list[Row], valid: list[Row] | None) -> tuple[Recipe, Plan | None]:
