@@ -132,6 +132,8 @@ def test_cli_adapters_without_a_registry_a_path_is_a_path(deltaw: Call, base: Pa
     set_registry(None, None)
     refused(deltaw("generate", "--base", base, "--adapter", "yes-no", "x"), "NotFound", "No adapter at yes-no")
     refused(deltaw("adapters", "list"), "RegistryError", "--registry", "DELTAW_REGISTRY")
+    refused(deltaw("adapters", "add", "a b", tmp_path, "--registry", tmp_path / "none"), "RegistryError", "'a b'")
+    assert not (tmp_path / "none").exists()
     refused(deltaw("adapters", "list", "--registry", tmp_path / "none"), "NotFound", "No registry at")
 
 

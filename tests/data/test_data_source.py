@@ -102,7 +102,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
         ({"prompt": "a"}, "field 'completion' is missing.\n  The row has 'prompt'."),
         ({"completion": "a"}, "field 'prompt' is missing"),
         ({"prompt": "a", "completions": "b"}, "'prompt', 'completions'. Did you mean 'completions'?"),
-        ({"prompt": "a", "completion": None}, "field 'completion' is null"),
+        ({"prompt": "a", "completion": None}, "field 'completion' is null.\n  The row has 'prompt', 'completion'."),
         ({"txt": "a"}, "The row has 'txt'. Did you mean 'txt'? (for 'text')"),
         ({}, "The row has no fields."),
         ({"text": None}, "no 'text' ('text' is null)"),
@@ -131,6 +131,7 @@ def test_a_row_that_says_nothing_usable_is_refused_with_its_line(tmp_path, recor
     message = refusal(written(tmp_path, f"{GOOD}\n{json.dumps(record)}\n"))
     assert "line 2: " in message
     assert said in message
+    assert "Did you mean 'completion'" not in message or "completion" not in record
     assert "rows line 2: " in refusal([json.loads(GOOD), record])
 
 

@@ -31,6 +31,9 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Keep an adapter as the next version of NAME: the first becomes `current`, later ones `candidate`."""
+    from deltaw.store.references import check_name
+
+    check_name(name)  # no registry is made for it
     found = open_registry(registry, create=True).add(name, path)
     _say(found, as_json, _added(found))
 

@@ -156,7 +156,9 @@ def _what_is_missing(record: Mapping[str, Any]) -> str:
     if half:
         absent = "completion" if half == ["prompt"] else "prompt"
         state = "is null" if absent in record else "is missing"
-        return f"field {absent!r} {state}.\n  {found}{near(absent, [key for key in keys if key not in half])}"
+        return (
+            f"field {absent!r} {state}.\n  {found}{near(absent, [key for key in keys if key not in (*half, absent)])}"
+        )
     fields = [key for shape in SHAPES for key in shape]
     hints = [f"{hint.strip()} (for {key!r})" for key in fields if (hint := near(key, keys))]
     nulls = "".join(f" ({key!r} is null)" for key in fields if key in record)
