@@ -259,7 +259,8 @@ def test_lab_work_a_tail_goes_on_after_an_id_and_begins_again_after_a_cut(tmp_pa
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     assert tail.read() == (False, [])
-    told = [json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in range(1, 8)]
+    event = {"event": "step", "tokens": 3, "seconds": 0.5}
+    told = [json.dumps({**event, "step": n, "loss": 1 / n}) + "\n" for n in range(1, 8)]
     path.write_text("".join(told[:3]) + told[3][:5])
     again, found = tail.read()
     assert (again, [json.loads(text)["step"] for _, text in found]) == (False, [1, 2, 3])
@@ -267,7 +268,9 @@ def test_lab_work_a_tail_goes_on_after_an_id_and_begins_again_after_a_cut(tmp_pa
     assert lines(tail) == [4]
     assert lines(Tail(path, found[1][0])) == [3, 4], "from an id on"
     assert lines(Tail(path, "nonsense")) == [1, 2, 3, 4]
-    path.write_text("".join(told[:2]) + '{"step": 33}\n' + "".join(told[3:]))  # cut back, and longer again
+    path.write_text(
+        "".join(told[:2]) + json.dumps(event | {"step": 33}) + "\n" + "".join(told[3:])
+    )  # cut back, and longer again
     again, found = tail.read()
     assert again
     assert [json.loads(text)["step"] for _, text in found] == [1, 2, 33, 4, 5, 6, 7]

@@ -26,11 +26,20 @@ Form = Affine | Bottleneck | Prefix
 Params = dict[str, Tensor]
 
 
+_MOST = 2**24
+
+
 def _at_least_one(value: int) -> int:
     if value < 1:
         raise ValueError("must be at least 1")
-    if value >= 2**31:
-        raise ValueError("must be below 2**31")
+    if value > _MOST:  # no matrix is as wide, and its bytes would not fit 64 bits
+        raise ValueError(f"must be at most {_MOST:,}")
+    return value
+
+
+def _within_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit 64 bits")
     return value
 
 
@@ -48,6 +57,7 @@ def finite_not_zero(value: float) -> float:
 
 
 Count = Annotated[int, AfterValidator(_at_least_one), Field(json_schema_extra={"minimum": 1})]
+Seed = Annotated[int, AfterValidator(_within_64_bits)]
 Share = Annotated[float, AfterValidator(_below_one), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})]
 Factor = Annotated[float, AfterValidator(finite_not_zero)]
 

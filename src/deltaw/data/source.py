@@ -79,8 +79,8 @@ def data_hash(rows: Sequence[Row]) -> str:
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Each line that is not blank, parsed, with its number."""
-    path = path.expanduser()
     try:
+        path = path.expanduser()
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -88,9 +88,9 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             f"the data file {str(path)!r} does not exist.{near(path.name, names)}\n"
             f"  A relative path is looked up from {str(Path.cwd())!r}."
         ) from error
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a name that cannot be, or an unknown user's folder
         raise DataError(
-            f"the data file {str(path)!r} cannot be read: {error.strerror or error}.\n"
+            f"the data file {str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', None) or error}.\n"
             "  Give the path of a readable JSON Lines file."
         ) from error
     for number, line in enumerate(lines, start=1):

@@ -101,7 +101,7 @@ def read_log(run: Path) -> Log | None:
         try:
             if line.strip():
                 events.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             if number == len(lines):  # a killed process wrote half a line
                 continue
             what = f"{path}:{number} is no event: {line[:60]!r}"

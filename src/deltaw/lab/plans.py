@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from deltaw.data import hub
+from deltaw.data.source import read_rows
 from deltaw.data.template import Example
-from deltaw.errors import BudgetError
+from deltaw.errors import BudgetError, DataError
 from deltaw.lab.run_files import Plain
 from deltaw.plan.memory import machine_bytes
 from deltaw.train.fitting import encoded_rows, fit, work_of
@@ -76,10 +78,21 @@ class Plans:
         """The recipe's rows as tokens: they are read again when a file, the base or a setting of `data` changes."""
         key = json.dumps([recipe.base.path, recipe.plain()["data"], _stamps(recipe)], sort_keys=True)
         if key not in self._rows:
+            for part, name in (("train", recipe.data.train), ("valid", recipe.data.valid)):
+                if name and not os.path.isfile(name) and not hub.reads(name):
+                    _refuse(f"data.{part}", name)
             self._rows[key] = encoded_rows(recipe)
             if len(self._rows) > KEPT_ROWS:
                 self._rows.popitem(last=False)
         return self._rows[key]
+
+
+def _refuse(field: str, name: str) -> None:
+    """Say why a file that is none cannot be read."""
+    try:
+        read_rows(name)
+    except DataError as problem:
+        raise DataError(f"{field}: {problem}") from None
 
 
 def _key(recipe: Recipe) -> str:
@@ -90,8 +103,14 @@ def _key(recipe: Recipe) -> str:
 
 def _stamps(recipe: Recipe) -> list[Any]:
     """When and how large the files of rows are; None where there is none."""
-    found = [Path(name) if name else None for name in (recipe.data.train, recipe.data.valid)]
-    return [(p.stat().st_mtime_ns, p.stat().st_size) if p and p.is_file() else None for p in found]
+    found: list[tuple[int, int] | None] = []
+    for name in (recipe.data.train, recipe.data.valid):
+        try:
+            now = os.stat(name) if name else None
+        except (OSError, ValueError):
+            now = None
+        found.append(now and (now.st_mtime_ns, now.st_size))
+    return found
 
 
 def _verdict(found: Plain, recipe: Recipe) -> Plain:

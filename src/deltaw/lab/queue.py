@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from deltaw.errors import WorkFailed
 from deltaw.store.files import write_text
 
 
@@ -34,17 +36,18 @@ class Queue:
 
     def put(self, name: str) -> None:
         """Let a run wait behind the others."""
+        self._keep([*self.names, name])
         self.names.append(name)
-        self._keep()
 
     def take(self, name: str) -> None:
         """It waits no longer."""
         self.names.remove(name)
-        self._keep()
+        with suppress(WorkFailed):  # a full disk: who opens a lab looks whether it still has to wait
+            self._keep(self.names)
 
-    def _keep(self) -> None:
+    def _keep(self, names: list[str]) -> None:
         if self._is_own():
-            write_text(self._file, json.dumps(self.names))
+            write_text(self._file, json.dumps(names))
 
     def _is_own(self) -> bool:
         try:

@@ -45,7 +45,7 @@ def keep_rows(data: Path, name: str, text: str) -> dict[str, Any]:
                 read_rows(aside)
             except DataError as problem:
                 raise DataError(str(problem).replace(str(aside), name)) from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]  # as the reader: a text may hold other line ends
     return _about(path) | {"shown": [json.loads(line.lstrip("\ufeff")) for line in lines[:_SHOWN]]}
 
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deltaw.errors import BadInput, DeltawError, NotFound, near
 from deltaw.train.recipe import load_recipe
 
@@ -17,6 +19,9 @@ KEPT = ("data", "registry", "recipes")
 """Names in a folder of runs that are no runs."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOLD = re.compile(r"^(?:[a-z_]\w*\.)*([A-Z]\w*): ", re.MULTILINE)
+_COUNTED = {"step": ("step", "tokens", "seconds"), "eval": ("step", "seconds")}
+_TOLD_OF = {"start": {"n_steps", "parameters"}, "eval": {"value", "loss", "is_best"}}
+"""What an event must hold: numbers, and anything."""
 _OF_A_RUN = ("loss", "lr", "tokens_per_s", "peak_rss_mb", "growth")
 
 
@@ -62,13 +67,23 @@ class RunFiles:
             if (path := self.folder(name) / "run.json").is_file():
                 return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
             return load_recipe(self.recipe(name)).plain()
-        except (DeltawError, OSError, ValueError, KeyError):
+        except (DeltawError, OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def text(self, name: str) -> str | None:
         """The recipe that the workbench wrote; None: the run was begun elsewhere."""
-        path = self.recipe(name)
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return self.recipe(name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+    def given(self, name: str) -> Plain | None:
+        """The same as plain data; None also where it was damaged."""
+        try:
+            found = json.loads(json.dumps(yaml.safe_load(self.text(name) or ""), default=str))
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def failure(self, name: str) -> str | None:
         """The sentence with which the last process failed; None where it left none."""
@@ -104,7 +119,7 @@ class RunFiles:
         found["seconds"] = round(sum(e["seconds"] for e in events if e["event"] in ("step", "eval")), 3)
         found["tokens"] = sum(e["tokens"] for e in events if e["event"] == "step")
         first = self.folder(name) / "run.json"
-        found["begun"] = (first if first.is_file() else self.recipe(name)).stat().st_mtime
+        found["begun"] = _written(first) or _written(self.recipe(name)) or 0.0
         return found
 
     def series(self, name: str) -> Plain:
@@ -130,14 +145,29 @@ def _ours(kind: type[DeltawError] = DeltawError) -> set[str]:
 
 @lru_cache(maxsize=64)
 def _parsed(path: Path, size: int, changed: int) -> list[Plain]:
-    found = []
-    with open(path, "rb") as file:
-        for line in file.read(size).split(b"\n")[:-1]:  # what has no end yet is being written
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # a power cut can leave zeros
-                continue
-    return found
+    try:
+        with open(path, "rb") as file:
+            lines = file.read(size).split(b"\n")[:-1]  # what has no end yet is being written
+    except OSError:  # removed since
+        return []
+    return [told for told in map(event_of, lines) if told is not None]
+
+
+def event_of(line: bytes) -> Plain | None:
+    """A line of metrics.jsonl as an event; NaN in it is None. None: it is none (a power cut can leave zeros)."""
+    try:
+        told = json.loads(line, parse_constant=lambda _: None)
+        whole = all(isinstance(told[key], int | float) for key in _COUNTED.get(told["event"], ()))
+        return told if whole and told.keys() >= _TOLD_OF.get(told["event"], frozenset()) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _last(events: list[Plain], kind: str, when: Callable[[Plain], bool] = lambda e: True) -> Plain | None:
@@ -145,11 +175,16 @@ def _last(events: list[Plain], kind: str, when: Callable[[Plain], bool] = lambda
 
 
 def _of_settings(settings: Plain) -> Plain:
-    adapter, base = settings.get("adapter", {}), settings.get("base", {})
+    adapter, base, judged = (_part(settings, key) for key in ("adapter", "base", "eval"))
     rank = adapter.get("rank")
     method = adapter.get("method", "")
     return {
-        "method": method + (f", rank {rank}" if rank is not None else ""),
-        "base": Path(base.get("path", "")).name,
-        "metric": settings.get("eval", {}).get("metric"),
+        "method": f"{method}" + (f", rank {rank}" if rank is not None else ""),
+        "base": Path(str(base.get("path", ""))).name,
+        "metric": judged.get("metric"),
     }
+
+
+def _part(settings: Plain, key: str) -> Plain:
+    found = settings.get(key)
+    return found if isinstance(found, dict) else {}

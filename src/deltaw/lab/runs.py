@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
-from deltaw.errors import RunError
+from deltaw.errors import RunError, WorkFailed
 from deltaw.lab.queue import Queue
 from deltaw.lab.run_files import Plain, RunFiles
+from deltaw.store.files import space_explained, write_text
 from deltaw.train.checkpoint import is_training
 from deltaw.train.recipe import load_recipe
 
@@ -39,6 +40,7 @@ class Runs:
         self._queue = Queue(self.files.recipes)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._worker: Thread | None = None
+        self._refused = ""
 
     # What is there -------------------------------------------------------------------------------
 
@@ -48,7 +50,8 @@ class Runs:
         with self._lock:
             if name in self._queue.names:
                 before = self._queue.names.index(name)
-                return _told("waiting", f"It waits for the run that trains, and {before} before it." if before else "")
+                for_whom = f"It waits for the run that trains, and {before} before it." if before else ""
+                return _told("waiting", self._refused or for_whom)
             if self._alive(name) or is_training(folder):
                 return _told("running", "" if (folder / "metrics.jsonl").is_file() else "The base is being loaded.")
             if (folder / "done.json").is_file():
@@ -58,6 +61,8 @@ class Runs:
                 return _told("failed", why)
             if child is not None and child.returncode == -signal.SIGKILL:
                 return _told("stopped", "Its process was killed. It goes on from its last checkpoint.")
+            if child is not None and child.returncode in (1, 2):  # those of a failure, which else says why
+                return _told("failed", f"Its process ended with {child.returncode} and left no word: is the disk full?")
             if not (folder / "run.json").is_file():
                 return _told("stopped", "It has not begun.")
             return _told("stopped", "It goes on from its last checkpoint.")
@@ -70,13 +75,13 @@ class Runs:
     def one(self, name: str) -> Plain:
         """A run with its recipe and the command that does the same in a terminal. Raises NotFound."""
         folder = self.files.find(name)
-        text = self.files.text(name)
+        text, given = self.files.text(name), self.files.given(name)
         where = self.files.recipe(name) if text is not None else "RECIPE"
         result = next((str(p) for p in (folder / "adapter", folder / "model") if p.is_dir()), None)
         return {
             **self.files.facts(name),
             **self.state(name),
-            "given": None if text is None else yaml.safe_load(text),
+            "given": given,
             "recipe": text or yaml.safe_dump(self.files.settings(name), sort_keys=False),
             "command": f"deltaw train {where} --out {folder}",
             "result": result,
@@ -93,10 +98,16 @@ class Runs:
         with self._lock:
             if folder.exists() or path.exists():
                 raise RunError(f"there is a run {name!r} already: choose another name.")
-            self.files.recipes.mkdir(parents=True, exist_ok=True)
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(recipe_text(plain))
-            self._ask(name)
+            with space_explained(path.name, path.parent):
+                self.files.recipes.mkdir(parents=True, exist_ok=True)
+                file = open(path, "x", encoding="utf-8")  # noqa: SIM115  (closed below)
+            try:
+                with space_explained(path.name, path.parent), file:
+                    file.write(recipe_text(plain))
+                self._ask(name)
+            except BaseException:
+                path.unlink()  # the name stays free
+                raise
 
     def resume(self, name: str) -> None:
         """Go on with a run that was stopped or failed. Raises NotFound, RunError."""
@@ -142,7 +153,7 @@ class Runs:
         self._begin()
 
     def _begin(self) -> None:
-        self._next()
+        self._try_next()
         if self._queue.names and self._worker is None:
             self._worker = Thread(target=self._work, daemon=True)
             self._worker.start()
@@ -151,10 +162,18 @@ class Runs:
         while True:
             time.sleep(LOOKS_S)
             with self._lock:
-                self._next()
+                self._try_next()
                 if not self._queue.names:
                     self._worker = None
                     return
+
+    def _try_next(self) -> None:
+        """The same; what the system refuses is tried again, and told by those that wait."""
+        try:
+            self._next()
+            self._refused = ""
+        except (OSError, WorkFailed) as problem:
+            self._refused = f"It cannot begin yet: {problem}"
 
     def _next(self) -> None:
         """Begin the first that waits, when nothing trains."""
@@ -172,8 +191,13 @@ class Runs:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
+        try:
+            write_text(self._pid_file(name), json.dumps({"pid": child.pid, "born": _born(child.pid)}))
+        except BaseException:  # nobody could stop it
+            child.kill()
+            child.wait()
+            raise
         self._children[name] = child
-        self._pid_file(name).write_text(json.dumps({"pid": child.pid, "born": _born(child.pid)}), encoding="ascii")
 
     def _pid_file(self, name: str) -> Path:
         return self.files.recipe(name).with_suffix(".pid")

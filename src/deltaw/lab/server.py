@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -78,14 +79,11 @@ def make_app(
         response.headers.update(HEADERS)
         return response
 
-    @app.exception_handler(DeltawError)
-    def explain(_: Request, problem: Exception) -> JSONResponse:
-        status = 404 if isinstance(problem, NotFound) else 500 if isinstance(problem, WorkFailed) else 422
-        return JSONResponse({"detail": str(problem)}, status)
+    _explain(app)
 
     def find(n: str) -> Picture:
-        if not n.isdecimal() or int(n) not in pictures:
-            raise NotFound(f"there is no picture {n}; they are numbered 1 to {len(pictures)}.")
+        if n not in map(str, pictures):
+            raise NotFound(f"there is no picture {n[:20]}; they are numbered 1 to {len(pictures)}.")
         return pictures[int(n)]
 
     @app.get("/api/pictures")
@@ -107,6 +105,40 @@ def make_app(
         app.include_router(router, prefix="/api/work")
     app.mount("/", StaticFiles(directory=ASSETS, html=True))
     return app
+
+
+def _explain(app: FastAPI) -> None:
+    """Let every failure be answered with a sentence."""
+
+    @app.exception_handler(DeltawError)
+    def explain(_: Request, problem: Exception) -> JSONResponse:
+        status = 404 if isinstance(problem, NotFound) else 500 if isinstance(problem, WorkFailed) else 422
+        return JSONResponse({"detail": str(problem).encode("utf-8", "replace").decode()}, status)
+
+    @app.exception_handler(RequestValidationError)
+    def unread(_: Request, problem: RequestValidationError) -> JSONResponse:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
+        detail = f"the request cannot be read: {f'{where}: ' if where else ''}{first['msg']}."
+        return JSONResponse({"detail": detail}, 422)
+
+    @app.exception_handler(UnicodeError)
+    def unwritable(_: Request, problem: UnicodeError) -> JSONResponse:
+        return JSONResponse(
+            {"detail": "what was given holds half a character, which no file can keep: take it out."}, 422
+        )
+
+    @app.exception_handler(OSError)
+    def refused(_: Request, problem: OSError) -> JSONResponse:
+        where = f" ({str(problem.filename)[:300]})" if problem.filename else ""
+        why = problem.strerror or type(problem).__name__
+        return JSONResponse({"detail": f"the system says {why}{where}: mend that, and try again."}, 500)
+
+    @app.exception_handler(Exception)
+    def failed(_: Request, problem: Exception) -> JSONResponse:  # the traceback goes to the terminal
+        why = f"the lab failed at this, which is a fault of the lab ({type(problem).__name__}: {str(problem)[:200]})"
+        detail = f"{why}. What you wrote is still here; the lab's terminal tells more."
+        return JSONResponse({"detail": detail.encode("utf-8", "replace").decode()}, 500, HEADERS)
 
 
 def _refused(request: Request, host: str) -> str | None:

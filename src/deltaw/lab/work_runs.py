@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 from deltaw.errors import BadInput
 from deltaw.lab.base import Lab
 from deltaw.lab.desk import Desk
-from deltaw.lab.run_files import Plain, RunFiles
+from deltaw.lab.run_files import Plain, RunFiles, event_of
 from deltaw.lab.runs import Runs
 
 LOOK_S, IDLE_S, PING_S = 0.25, 1.0, 10.0
@@ -99,7 +99,7 @@ class Tail:
         """(whether the file is another one than was read so far, and everything is told again; [(id, line)])."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115  (closed below)
-        except FileNotFoundError:
+        except OSError:
             return False, []
         with file:
             again = self.at > 0 and not self._as_before(file)
@@ -110,7 +110,8 @@ class Tail:
         found = []
         for line in lines:
             self.at, self.check = self.at + len(line) + 1, zlib.crc32(line)
-            found.append((f"{self.at}-{self.check}", line.decode("utf-8", "replace")))
+            if (told := event_of(line)) is not None:
+                found.append((f"{self.at}-{self.check}", json.dumps(told)))
         return again, found
 
     def _as_before(self, file: Any) -> bool:

@@ -83,7 +83,7 @@ async def _body(request: Request) -> dict[str, Any]:
             break
     try:
         given = json.loads(read) if len(read) <= 2 * MOST_BYTES else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadInput("the request is no JSON.") from None
     if given is not None and not isinstance(given, dict):
         raise BadInput("the request is no JSON object.")

@@ -41,7 +41,7 @@ class PrefixTuning(Virtual):
 
     @model_validator(mode="after")
     def _hidden_belongs_to_the_projection(self) -> PrefixTuning:
-        if self.hidden is not None and (self.hidden < 1 or not self.projection):
+        if self.hidden is not None and (not 1 <= self.hidden <= 2**24 or not self.projection):
             raise ValueError(
                 "hidden is the width of the projection, at least 1: set projection = true, or leave it out"
             )

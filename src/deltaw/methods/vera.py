@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite
-from deltaw.core.spec import Count, Factor, Made, MethodSpec, Params, Share, Start
+from deltaw.core.spec import Count, Factor, Made, MethodSpec, Params, Seed, Share, Start
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError
 from deltaw.methods.lowrank import peft_places, read_settings
@@ -43,7 +43,7 @@ class Vera(MethodSpec):
     rank: Count = 256
     d_initial: Factor = 0.1
     dropout: Share = 0.0
-    projection_seed: int = 0
+    projection_seed: Seed = 0
     save_projection: bool = True
 
     @property

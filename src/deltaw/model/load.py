@@ -42,6 +42,17 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 HUB_ANSWER_S = 10
 
 
+def local_path(name: str) -> Path:
+    """A base's name as a path of this machine, there or not. Raises BaseError where it cannot be one."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not to be entered, the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise BaseError(f"the base {name[:200]!r} cannot be looked for: {why}.") from None
+    return path
+
+
 def resolve_base(path_or_name: str | Path, *, say: Say | None = None) -> Path:
     """The folder of a base, from a starter name, a folder, a .gguf file or a hub id; fetched once.
 
@@ -52,7 +63,7 @@ def resolve_base(path_or_name: str | Path, *, say: Say | None = None) -> Path:
         return fetch_starter(name, say=say)
     if not name.strip():
         raise BaseError("the base has an empty name.\n  Give a folder, hub id, .gguf file or starter name.")
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return path
     if path.is_file():

@@ -19,7 +19,7 @@ from deltaw.formats import QUANTISED
 from deltaw.model.empty import config_from_hub, network_from
 from deltaw.model.frozen import FrozenLinear
 from deltaw.model.kinds import mark_fresh
-from deltaw.model.load import resolve_base
+from deltaw.model.load import local_path, resolve_base
 from deltaw.model.model import Model
 from deltaw.model.quantised import quantisable
 from deltaw.model.starter import STARTERS, Say
@@ -68,8 +68,8 @@ def find_config(name: str | Path, say: Say | None = None) -> tuple[dict[str, Any
     Of a hub id only config.json is fetched. Raises BaseError for what is none of them.
     """
     text = str(name)
-    path = Path(text).expanduser()
-    if path.is_dir() or path.suffix.lower() == ".gguf":
+    path = local_path(text)
+    if (text.strip() and path.is_dir()) or path.suffix.lower() == ".gguf":
         folder = resolve_base(path, say=say)
         return _read(folder / "config.json"), folder
     known = shapes()

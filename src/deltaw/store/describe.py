@@ -97,5 +97,5 @@ def _by_role(adapter: Adapter) -> list[dict[str, Any]]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise RunError(f"{path} cannot be read: {problem}.") from None

@@ -6,6 +6,7 @@ transaction: on SQLite BEGIN IMMEDIATE, elsewhere a row lock on `deltaw_meta`, s
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -171,8 +172,8 @@ class Index:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (DatabaseError, InterfaceError) as problem:
-            cause = str(problem.orig or problem).splitlines()[0]
+        except (DatabaseError, InterfaceError, sqlite3.Error) as problem:  # the last: from a pragma of our own
+            cause = str(getattr(problem, "orig", None) or problem).splitlines()[0]
             todo = next((f" {what}" for sign, what in _TODO.items() if sign in cause), "")
             raise WorkFailed(f"The registry's index ({self.shown}) failed: {cause}.{todo}") from problem
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltaw.core.fingerprint import BaseFingerprint
-from deltaw.errors import RunError
+from deltaw.errors import RunError, WorkFailed
 from deltaw.model.base import has_fast_bfloat16
 from deltaw.model.identity import told_differences
 from deltaw.ops import native
@@ -179,6 +179,8 @@ def _what_differs(there: dict[str, Any], here: dict[str, Any], keys: list[str], 
 
 def save_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write checkpoint `step`, then drop all but the newest two. A kill leaves the older ones whole."""
+    if not (out / "run.json").is_file():
+        raise WorkFailed(f"{out} was removed, or emptied, while this run trained there: begin it again.")
     target = out / "checkpoints" / f"{step:08d}"
     with whole_folder(target) as aside:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside / "state.safetensors")

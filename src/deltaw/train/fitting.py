@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def work_of_rows(recipe: Recipe) -> Work | None:
 def encoded_rows(recipe: Recipe) -> tuple[list[Example], list[Example]] | None:
     """The recipe's own rows to train on and to evaluate, as tokens; None, and raises, as `work_of_rows`."""
     folder = find_config(recipe.base.path)[1]
-    if folder is None or recipe.data.train is None or not Path(recipe.data.train).is_file():
+    if folder is None or recipe.data.train is None or not isfile(recipe.data.train):
         return None
     tokenizer = load_tokenizer(folder)
     task = task_before(folder, given_labels(recipe.data))

@@ -37,6 +37,8 @@ from deltaw.train.recipe import Recipe, TrainSpec
 from deltaw.train.step import mean_loss, step_gradient
 
 EVALUATED_TOKENS = 4096
+MOST_TOKENS = 2**22
+"""Tokens of an assumed step: more would take longer to plan, and more memory, than somebody waits for."""
 LOADING_BYTES = 45_000_000
 """What loading leaves beside the weights: the tokenizer, transformers' classes of the architecture.
 Measured: 33 to 47 MB (docs/planner.md)."""
@@ -68,7 +70,15 @@ class Work:
 
     @classmethod
     def of_rows(cls, batch: int, length: int, learned: float = 1.0) -> Work:
-        """`batch` rows of `length` tokens, of which the last part `learned` are targets (never the first token)."""
+        """`batch` rows of `length` tokens, of which the last part `learned` are targets (never the first token).
+
+        Raises RecipeError for a step of more than MOST_TOKENS.
+        """
+        if batch * length > MOST_TOKENS:
+            raise RecipeError(
+                f"a step of {batch:,} rows of {length:,} tokens (train.tokens_per_step) is more than can be planned; "
+                f"{MOST_TOKENS:,} tokens is the most."
+            )
         targets = min(length - 1, max(1, round(learned * length)))
         return cls([(length, targets)] * batch)
 

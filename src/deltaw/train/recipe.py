@@ -253,6 +253,10 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     for override in overrides:
         _override(plain, override)
     try:
+        json.dumps(plain, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecipeError(f"{name}: a text holds half a character (a lone surrogate): take it out.") from None
+    try:
         recipe = Recipe(**plain)
     except ValidationError as error:
         raise RecipeError(f"{name}: {_explain(error)}") from None

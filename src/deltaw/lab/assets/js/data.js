@@ -3,7 +3,13 @@
 export const recorded = document.querySelector('meta[name="lab"]').content === "recorded";
 
 async function json(path, options) {
-  const response = await fetch(path, options);
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (problem) {
+    if (problem.name === "AbortError") throw problem;
+    throw new Error("The lab does not answer: is it still running?");
+  }
   let body = null;
   try { body = await response.json(); } catch { body = {}; }
   if (!response.ok) {

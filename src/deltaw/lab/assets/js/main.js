@@ -160,12 +160,17 @@ function sentence(problem) {
   return told;
 }
 
+// A part of an address as it was written; what is no such writing stands for itself.
+function plain(text) {
+  try { return decodeURIComponent(text); } catch { return text; }
+}
+
 function route() {
   const [number, query] = location.hash.slice(1).split("?");
   const [address, ...rest] = number.split("/");
   const page = pages.find((p) => p.address === address);
   if (page) {
-    open(page, decodeURIComponent(rest.join("/")), new URLSearchParams(query ?? ""));
+    open(page, plain(rest.join("/")), new URLSearchParams(query ?? ""));
     return;
   }
   const found = frames.find((f) => String(f.number) === number) ?? frames[0];

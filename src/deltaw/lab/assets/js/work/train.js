@@ -97,7 +97,7 @@ function rows(kept, changed) {
     first.replaceChildren();
     try {
       if (given.size > kept.most_bytes) throw new Error(`${given.name} has ${(given.size / 1e6).toFixed(0)} MB, and ${kept.most_bytes / 1e6} MB is the most. Put it into ${kept.folder}.`);
-      const made = await post("data", { name: given.name, text: await given.text() });
+      const made = await post("data", { name: keptAs(given.name), text: await textOf(given) });
       const now = await ask("data");
       if (!draft.values.has("data.train")) draft.values.set("data.train", made.path);
       train.fill(now.files);
@@ -116,6 +116,22 @@ function rows(kept, changed) {
     make("div", { class: "fields" }, train.box, valid.box, upload), say.node, first);
 }
 
+// The name under which a file is kept: "My rows (1).ndjson" is My-rows-1.jsonl.
+function keptAs(name) {
+  const bare = name.replace(/\.(jsonl|ndjson|json|txt)$/i, "").replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[._-]+|-+$/g, "");
+  return `${bare || "rows"}.jsonl`;
+}
+
+// A file's text. What is not UTF-8 is refused: read anyway, its letters would be lost.
+async function textOf(file) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+  } catch (problem) {
+    if (!(problem instanceof TypeError)) throw new Error(`${file.name} cannot be read: ${problem.message}`);
+    throw new Error(`${file.name} is not UTF-8: save it as UTF-8, and give it again.`);
+  }
+}
+
 // The plan of what is composed; one question at a time, the last one wins.
 function planned(form, taken) {
   const verdict = make("p", { class: "verdict", role: "status" }, "Planning ...");
@@ -128,8 +144,10 @@ function planned(form, taken) {
   const name = make("input", { type: "text", name: "name", autocomplete: "off", spellcheck: "false" });
   const start = button("Start", begin, { class: "main" });
   const copy = button("Copy the recipe", async () => {
-    await navigator.clipboard.writeText(yaml.textContent);
-    say("The recipe is on the clipboard.");
+    try {
+      await navigator.clipboard.writeText(yaml.textContent);
+      say("The recipe is on the clipboard.");
+    } catch { say.problem(new Error("The browser gives no clipboard here: mark the recipe below and copy it.")); }
   });
   const free = () => {
     for (let n = 1; ; n += 1) if (!taken.has(`${draft.method}-${n}`)) return `${draft.method}-${n}`;
