@@ -24,6 +24,7 @@ from deltaw.lab.picture import Picture
 from deltaw.ops.native.library import and_end_threads
 from deltaw.plan.network import find_config
 from deltaw.plan.short import shortened
+from deltaw.train.optim.dynamic import dynamic_map
 
 QUIET_S = 0.25
 """How long nobody has asked before a job begins."""
@@ -73,6 +74,7 @@ class Ahead:
 def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
     """What is worth having before it is asked for, the likeliest first."""
     yield lab.inputs
+    yield from (partial(dynamic_map, signed) for signed in (True, False))  # of plans with optimizer states in 8 bits
     yield partial(_shown, lab, pictures[9])
     for key in SHOWN:
         yield partial(keep_counted, lab, key)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import RecipeError
-from deltaw.train.optim.dynamic import BLOCK, DynamicMap, Scratch
+from deltaw.train.optim.dynamic import BLOCK, Scratch, dynamic_map
 from deltaw.train.optim.pages import Kind, Shape
 from deltaw.train.optim.store import States
 
@@ -84,7 +84,7 @@ class AdamW8:
     """
 
     def __init__(self) -> None:
-        self._m, self._v = DynamicMap(signed=True), DynamicMap(signed=False)
+        self._m, self._v = dynamic_map(signed=True), dynamic_map(signed=False)
         self._plain = AdamW32()
         self._local = threading.local()
 

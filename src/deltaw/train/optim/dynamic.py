@@ -10,6 +10,8 @@ Both are compared in tests/train/test_train_states8.py.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,12 @@ class DynamicMap:
         torch.index_select(self.table, 0, cells, out=out)
         for part, into, largest in _blocks(out, out, absmax):
             torch.mul(part, largest[:, None], out=into)
+
+
+@cache
+def dynamic_map(signed: bool) -> DynamicMap:
+    """The one map of each kind: nothing changes it, and making it takes longer than most plans."""
+    return DynamicMap(signed)
 
 
 def _blocks(x: Tensor, out: Tensor, absmax: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
