@@ -13,7 +13,7 @@ from deltaw.data.source import Row
 from deltaw.data.template import prompt_ids
 from deltaw.errors import BadInput
 from deltaw.lab.base import Lab
-from deltaw.lab.live import LESSON, recipe_of
+from deltaw.lab.live import LESSON, PEEK, recipe_of
 from deltaw.methods import Lora
 from deltaw.model.base import load_base
 from deltaw.model.generate import generate
@@ -142,3 +142,13 @@ def test_lab_live_the_base_alone_cannot_be_merged(fresh: Bench):
 def test_lab_live_names_that_adapters_cannot_have_are_refused(tiny_folder: Path, name: str):
     with pytest.raises(BadInput, match="cannot be called"):
         Lab(str(tiny_folder), {name: tiny_folder})
+
+
+def test_lab_live_another_rank_or_rate_shows_where_its_lesson_would_begin(fresh: Bench):
+    fresh.act(9, step=1)
+    seen = {rate: fresh(9, rank=3, rate=rate) for rate in ("0.0001", "0.003")}
+    assert seen["0.0001"] == seen["0.003"], "no step was made"
+    assert fresh(9)["data"]["done"] == 1, "the lesson that is there stays"
+    assert PEEK not in fresh.lab.model.adapters
+    begun = fresh.act(9, rank=3, step=0)
+    assert begun["numbers"] == seen["0.003"]["numbers"]
