@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ class Base:
 
 def shapes() -> dict[str, dict[str, Any]]:
     """The shapes that are shipped, by name: what matters of each config.json."""
-    return {f.stem: json.loads(f.read_text(encoding="ascii")) for f in sorted(SHAPES.glob("*.json"))}
+    return {name: json.loads(text) for name, text in _texts()}
+
+
+@cache
+def _texts() -> tuple[tuple[str, str], ...]:
+    """Name and config.json of every shape, as text: who is given a config may change it."""
+    return tuple((f.stem, f.read_text(encoding="ascii")) for f in sorted(SHAPES.glob("*.json")))
 
 
 def find_config(name: str | Path, say: Say | None = None) -> tuple[dict[str, Any], Path | None]:

@@ -99,7 +99,7 @@ class Short:
 
     def sites(self, few: Mapping[str, LinearSite]) -> dict[str, LinearSite]:
         """The deep network's linear maps from those of the short one."""
-        return {name: replace(site, name=name) for name, site in self.whole(few).items()}
+        return dict(_sites(self, tuple(few.items())))
 
     def parts(self, named: Mapping[str, Tensor]) -> dict[int, list[Tensor]]:
         """Tensors by unit."""
@@ -108,6 +108,11 @@ class Short:
             if (unit := self.unit(name)) is not None:
                 found.setdefault(unit, []).append(tensor)
         return found
+
+
+@lru_cache(maxsize=64)
+def _sites(short: Short, few: tuple[tuple[str, LinearSite], ...]) -> tuple[tuple[str, LinearSite], ...]:
+    return tuple((name, replace(site, name=name)) for name, site in short.whole(dict(few)).items())
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
 _META = torch.device("meta")
+_LISTS = (list, tuple)
 _MADE: dict[Any, tuple[tuple[Any, ...], ...]] = {}
 """What operations make of which shapes, for all tracers."""
 _MOST_MADE = 1 << 15
@@ -96,7 +97,7 @@ class Tracer(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() != -1
         if backward != self._in_backward:
             self._turn(backward)
-        written, makes = _what(func)
+        _, written, makes = _WHAT.get(id(func)) or _what(func)  # an operation hashes itself in Python
         if not on_meta:
             out = func(*args, **kwargs)
         elif written is not None:
@@ -106,7 +107,7 @@ class Tracer(TorchDispatchMode):
         if isinstance(out, Tensor):
             if out.is_meta:
                 self._see(out)
-        elif isinstance(out, list | tuple):
+        elif isinstance(out, _LISTS):
             for t in _tensors(out):
                 if t.is_meta:
                     self._see(t)
@@ -122,7 +123,7 @@ class Tracer(TorchDispatchMode):
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `func` makes of tensors on the meta device."""
-        key = func, _described(args), tuple(kwargs), _described(kwargs.values())
+        key = id(func), _described(args), tuple(kwargs), _described(kwargs.values()) if kwargs else ()
         found = _MADE.get(key)
         if found is not None:
             new = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in found]
@@ -249,7 +250,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, _LISTS):
             found += _tensors(value)
     return found
 
@@ -260,17 +261,21 @@ def _described(values: Iterable[Any]) -> tuple[Any, ...]:
     for value in values:
         if isinstance(value, Tensor):
             found.append((value.size(), value.stride(), value.dtype))
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, _LISTS):
             found.append(_described(value))
         else:
             found.append((type(value), value))
     return tuple(found)
 
 
-@cache
-def _what(func: Any) -> tuple[int | str | None, bool]:
-    """What an operation does: `_written` and `_makes`."""
-    return _written(func), _makes(func)
+_WHAT: dict[int, tuple[Any, int | str | None, bool]] = {}
+"""Operations by id, and what they do; they are kept, so that no other gets the id."""
+
+
+def _what(func: Any) -> tuple[Any, int | str | None, bool]:
+    """An operation and what it does: `_written` and `_makes`."""
+    found = _WHAT[id(func)] = func, _written(func), _makes(func)
+    return found
 
 
 def _written(func: Any) -> int | str | None:
