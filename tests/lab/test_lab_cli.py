@@ -92,3 +92,15 @@ def test_lab_cli_does_not_export_over_something(tmp_path: Path):
     done = CliRunner().invoke(app, ["lab", "--export", str(tmp_path)])
     assert isinstance(done.exception, BadInput)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_lab_cli_an_address_that_is_taken_is_told_before_a_base_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        asked = CliRunner().invoke(app, ["lab", "--base", "not-looked-for", "--port", str(port)])
+    assert isinstance(asked.exception, BadInput)
+    assert f"nothing can listen at 127.0.0.1:{port}: Address already in use" in str(asked.exception)
+    asked = CliRunner().invoke(app, ["lab", "--base", "not-looked-for", "--host", "no.such.host.invalid"])
+    assert "nothing can listen at no.such.host.invalid:8765" in str(asked.exception)

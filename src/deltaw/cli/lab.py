@@ -37,10 +37,10 @@ def lab(
         raise BadInput(f"the lab needs {' and '.join(missing)}, not installed here: pip install 'deltaw[lab]'.")
     from deltaw.lab.base import Lab
     from deltaw.merge.write import refuse_used
+    from deltaw.serve.hosts import is_loopback, refuse_taken
 
     say = partial(typer.echo, err=True)
-    if export is not None:
-        refuse_used(export)
+    refuse_taken(host, port) if export is None else refuse_used(export)
     opened = Lab(base, {name: adapter_path(path, registry) for name, path in map(_named, adapter or [])}, say)
     if export is not None:
         from deltaw.lab.export import write_site
@@ -53,7 +53,6 @@ def lab(
 
     from deltaw.lab.desk import desk_in
     from deltaw.lab.server import make_app
-    from deltaw.serve.hosts import is_loopback
 
     where = registry_default() if registry is None else str(registry)
     app = make_app(opened, host=host, desk=desk_in(runs, where, index_default()))
