@@ -147,7 +147,7 @@ def test_a_name_that_no_system_takes_is_one_sentence(deltaw: Call, base: Path, t
         assert ended.code in (1, 2)
         assert "Traceback" not in ended.err
         assert "too long" in ended.err or "symbolic links" in ended.err
-    refused(deltaw("generate", "--base", long, "ab ?"), "OSError", "too long")
+    refused(deltaw("generate", "--base", long, "ab ?"), "BaseError", "too long")
 
 
 def test_a_truncated_gguf_is_one_sentence(deltaw: Call, tmp_path: Path) -> None:

@@ -101,6 +101,6 @@ def test_lab_cli_an_address_that_is_taken_is_told_before_a_base_is_loaded():
         port = taken.getsockname()[1]
         asked = CliRunner().invoke(app, ["lab", "--base", "not-looked-for", "--port", str(port)])
     assert isinstance(asked.exception, BadInput)
-    assert f"nothing can listen at 127.0.0.1:{port}: Address already in use" in str(asked.exception)
+    assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use" in str(asked.exception)
     asked = CliRunner().invoke(app, ["lab", "--base", "not-looked-for", "--host", "no.such.host.invalid"])
-    assert "nothing can listen at no.such.host.invalid:8765" in str(asked.exception)
+    assert "Cannot listen on no.such.host.invalid, port 8765" in str(asked.exception)

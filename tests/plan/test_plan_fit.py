@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.errors import BudgetError, RecipeError
+from deltaw.errors import BadInput, BudgetError, RecipeError
 from deltaw.plan.network import shapes
 from deltaw.train.fitting import fit, work_of_rows
 from deltaw.train.planning import Kept, Planner, Work
@@ -115,3 +115,10 @@ def test_what_rows_begin_with_is_found_in_a_file(base, tmp_path):
         work = work_of_rows(load_recipe(settings))
         assert work is not None
         assert work.common == common
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), 0.0, -1.0])
+def test_plan_fit_a_budget_is_a_number_above_zero(budget):
+    recipe = load_recipe({"base": {"path": "smollm2-135m"}, "adapter": {"method": "lora"}})
+    with pytest.raises(BadInput, match="a finite number above 0"):
+        fit(Planner(recipe, Work.of_rows(1, 8)), budget)

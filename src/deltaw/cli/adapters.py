@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -234,7 +234,7 @@ def _table(rows: list[dict[str, Any]], title: str | None = None) -> None:
         return
     table = Table(title=title, title_justify="left")
     for key in rows[0]:
-        justify = "right" if isinstance(rows[0][key], int) else "left"
+        justify: Literal["left", "right"] = "right" if isinstance(rows[0][key], int) else "left"
         table.add_column(key.replace("_", " "), justify=justify, overflow="fold")
     for row in rows:
         cells = (v[:12] if k == "id" and v else " ".join(v) if isinstance(v, list) else v for k, v in row.items())

@@ -51,10 +51,11 @@ def list_(file: FileOption, as_json: JsonOption = False) -> None:
     """List the keys by name, with what they may use."""
     from deltaw.serve.keys import read_keys
 
-    keys = [{"name": k.name, "models": k.models, "max_concurrent": k.max_concurrent} for k in read_keys(file)]
+    keys = read_keys(file)
     if as_json:
-        typer.echo(json.dumps({"keys": keys}))
+        told = [{"name": k.name, "models": k.models, "max_concurrent": k.max_concurrent} for k in keys]
+        typer.echo(json.dumps({"keys": told}))
         return
     for key in keys:
-        most = f", at most {key['max_concurrent']} at once" if key["max_concurrent"] else ""
-        typer.echo(f"{key['name']}: {', '.join(key['models'])}{most}")
+        most = f", at most {key.max_concurrent} at once" if key.max_concurrent else ""
+        typer.echo(f"{key.name}: {', '.join(key.models)}{most}")

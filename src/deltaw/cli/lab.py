@@ -37,10 +37,10 @@ def lab(
         raise BadInput(f"the lab needs {' and '.join(missing)}, not installed here: pip install 'deltaw[lab]'.")
     from deltaw.lab.base import Lab
     from deltaw.merge.write import refuse_used
-    from deltaw.serve.hosts import is_loopback, refuse_taken
+    from deltaw.serve.hosts import check_address, is_loopback
 
     say = partial(typer.echo, err=True)
-    refuse_taken(host, port) if export is None else refuse_used(export)
+    check_address(host, port) if export is None else refuse_used(export)
     opened = Lab(base, {name: adapter_path(path, registry) for name, path in map(_named, adapter or [])}, say)
     if export is not None:
         from deltaw.lab.export import write_site

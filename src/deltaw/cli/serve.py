@@ -87,8 +87,9 @@ def serve(
 ) -> None:
     """Serve a base with any number of adapters over HTTP, as OpenAI's API."""
     require_extra(NEEDED)
+    from deltaw.serve.hosts import check_address
     from deltaw.serve.keys import hash_admin_key
-    from deltaw.serve.server import check_address, hosts_of
+    from deltaw.serve.server import hosts_of
     from deltaw.serve.settings import ServerSettings
 
     check_address(host, port)
@@ -103,7 +104,7 @@ def serve(
     from deltaw.model.base import load_base
 
     model = load_base(base, format, dtype, _say, block=block, double_quant=double_quant, device=device)
-    own = name_of(base, name, model.fingerprint and model.fingerprint.name)
+    own = name_of(base, name, None if model.fingerprint is None else model.fingerprint.name)
     _run(model, own, kept, given, settings, (kv_mb, host_mb, adapters_mb), (host, port), json_logs=json_logs)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,15 +25,15 @@ from deltaw.errors import SpecError, near
 Form = Affine | Bottleneck | Prefix
 Params = dict[str, Tensor]
 
-
-_MOST = 2**24
+MOST = 2**24
+"""The largest rank, width or number of tokens in front that settings may ask for."""
 
 
 def _at_least_one(value: int) -> int:
     if value < 1:
         raise ValueError("must be at least 1")
-    if value > _MOST:  # no matrix is as wide, and its bytes would not fit 64 bits
-        raise ValueError(f"must be at most {_MOST:,}")
+    if value > MOST:  # no matrix is as wide, and its bytes would not fit 64 bits
+        raise ValueError(f"must be at most {MOST:,}")
     return value
 
 
@@ -112,7 +112,10 @@ class MethodSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    method: str
+    if TYPE_CHECKING:
+        method: str = ""  # its own name, which `__init__` fills in
+    else:
+        method: str
     targets: str | tuple[str, ...] = "all-linear"
     exclude: str | tuple[str, ...] | None = None
     layers: str | tuple[int, ...] | None = None

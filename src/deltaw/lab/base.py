@@ -37,7 +37,7 @@ T = TypeVar("T")
 def empty(name: str) -> Model:
     """The network of a base or a shape, without memory for its weights."""
     config, folder = find_config(name)
-    return Model(network_of(Base(name, config, folder)))  # type: ignore[arg-type]
+    return Model(network_of(Base(name, config, folder)))
 
 
 def parameters(model: Model) -> int:

@@ -40,7 +40,7 @@ def choice(
     """One of `options`; those that are `ordered` (sizes) are drawn as a slider."""
     kind = "steps" if ordered else "choice"
     extra = _extra(kind, recorded) | {"options": list(options)}
-    return Annotated[Literal[tuple(options)], Field(title=label, json_schema_extra=extra)], default  # type: ignore[valid-type]
+    return Annotated[Literal[tuple(options)], Field(title=label, json_schema_extra=extra)], default
 
 
 def switch(default: bool, label: str, recorded: Sequence[bool] = ()) -> Control:

@@ -17,7 +17,7 @@ from deltaw.train.recipe import load_recipe
 TARGETS = ("all-linear", "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj")
 CARDS = (24, 48, 80)
 """GB (10^9 bytes) of single GPUs that people have."""
-METHODS_OF_11 = {
+METHODS_OF_11: dict[str, dict[str, Any]] = {
     "full": {"adapter": {"method": "full"}},
     "LoRA": {"adapter": {"method": "lora"}},
     "QLoRA": {"adapter": {"method": "lora"}, "base": {"format": "nf4", "double_quant": True}},
@@ -175,7 +175,7 @@ def memory_controls(lab: Lab) -> type[Controls]:
 
 def planned(lab: Lab, c: Any, method: str) -> Plan:
     """What `deltaw plan` says of one method."""
-    part: dict[str, Any] = METHODS_OF_11[method]
+    part = METHODS_OF_11[method]
     adapter = dict(part["adapter"]) | ({} if method == "full" else {"rank": c.rank})
     length = int(c.length)
     recipe = load_recipe(

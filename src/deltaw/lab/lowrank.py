@@ -79,7 +79,8 @@ def made_update(side: int) -> Tensor:
     U = torch.linalg.qr(normal(side, side, seed=1).double()).Q
     V = torch.linalg.qr(normal(side, side, seed=2).double()).Q
     S = FALL ** torch.arange(side, dtype=torch.float64)
-    return U @ torch.diag(S / S.norm()) @ V.T
+    made: Tensor = U @ torch.diag(S / S.norm()) @ V.T
+    return made
 
 
 def decomposition(lab: Lab, c: Any) -> Plain:

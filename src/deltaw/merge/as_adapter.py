@@ -120,7 +120,7 @@ def _spec(change: Change, home: Home, owners: list[str]) -> MethodSpec:
         if not change.biases:
             raise BadInput("No linear map and no bias of one changes: an adapter has no place to sit at.")
         targets = tuple(n for n in home.sites if n in change.biases)
-        return BitFit(method="bitfit", targets=targets, norms=False, save_modules=tuple(owners))
+        return BitFit(targets=targets, norms=False, save_modules=tuple(owners))
     here = {n: c.rank for n, c in change.maps.items()}
     placing = next((p for p in home.placings if _says(p, owners, here, home)), None)
     placing = placing or {"targets": tuple(n for n in home.sites if n in here)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw.core.affine import Affine
 from deltaw.core.site import LinearSite, Site
-from deltaw.core.spec import Count, Factor, MethodSpec, Params, Share, finite_not_zero
+from deltaw.core.spec import MOST, Count, Factor, MethodSpec, Params, Share, finite_not_zero
 from deltaw.core.weight import Weight
 from deltaw.errors import AdapterError, SpecError
 
@@ -61,8 +61,8 @@ class LowRank(MethodSpec):
     @field_validator("rank_pattern")
     @classmethod
     def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
-        if not all(1 <= r < 2**31 for r in value.values()):
-            raise ValueError("holds a rank that is not from 1 to 2**31 - 1")
+        if not all(1 <= r <= MOST for r in value.values()):
+            raise ValueError(f"holds a rank that is not from 1 to {MOST:,}")
         return value
 
     @field_validator("alpha_pattern")

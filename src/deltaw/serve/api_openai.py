@@ -22,7 +22,9 @@ CLIENT_GONE = 499  # nginx's number, for the log: nobody reads it
 SCHEMA_FAILED = "The JSON schema:"  # how the engine begins to say that a grammar came to a dead end
 DEFAULT_TOKENS = 16  # OpenAI's, of /v1/completions; a chat goes on to its end
 
-_STREAM = {200: {"description": "A completion, or with stream a text/event-stream of its pieces."}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "A completion, or with stream a text/event-stream of its pieces."}
+}
 
 
 @router.get("/v1/models")

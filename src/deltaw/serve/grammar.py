@@ -73,7 +73,7 @@ class Grammars:
         try:
             known = self._of(tokenizer, ends)
             grammar = LLMatcher.grammar_from_json_schema(
-                given or {"type": "object"}, overrides={"whitespace_flexible": False}
+                json.dumps(given or {"type": "object"}), overrides={"whitespace_flexible": False}
             )
             inner = LLMatcher(known, grammar)
         except (ValueError, TypeError, RecursionError) as error:

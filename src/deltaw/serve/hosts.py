@@ -1,4 +1,4 @@
-"""Which addresses only this machine reaches."""
+"""Which addresses only this machine reaches, and whether a server can listen there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 
-from deltaw.errors import BadInput
+from deltaw.errors import ServeError
 
 
 def is_loopback(host: str) -> bool:
@@ -19,16 +19,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def refuse_taken(host: str, port: int) -> None:
-    """Raise BadInput where a server cannot listen: told before a base is loaded for it."""
+def check_address(host: str, port: int) -> None:
+    """Raise ServeError where no server can listen: an unknown host, a port that is in use or not for everybody."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as one:
-            if os.name == "posix":  # as the server does: not what still closes, but who listens is in its way
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
-    except OSError as problem:
-        raise BadInput(
-            f"nothing can listen at {host}:{port}: {problem.strerror or problem}. Choose another with --port "
-            "or --host; it may be a lab or a server that is open already."
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own
+            probe.bind(address)
+    except OSError as error:
+        raise ServeError(
+            f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another --host or --port."
         ) from None

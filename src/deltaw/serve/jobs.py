@@ -131,7 +131,8 @@ async def begin(serving: Serving, order: Order) -> Job:
             words.check(list(asked.logit_bias or ()), "logit_bias")
         except DeltawError as problem:
             raise of_error(problem, "logit_bias") from None
-        limits = [_tokens(serving, order, len(prompt), lease and lease.key) for prompt in prompts]
+        key = None if lease is None else lease.key
+        limits = [_tokens(serving, order, len(prompt), key) for prompt in prompts]
     except BaseException:
         place.release()
         if lease is not None:

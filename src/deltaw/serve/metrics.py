@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,7 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("deltaw_requests", "Answered requests.", ("route", "status"), **own)
         self.tokens = Counter("deltaw_tokens", "Tokens read (prompt) and made (output).", ("kind",), **own)
         self.cancelled = Counter("deltaw_cancelled", "Requests whose client went away.", **own)

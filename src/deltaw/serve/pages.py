@@ -12,6 +12,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Pages:
         """Room for as many pages as `n_bytes` hold (perhaps none). shapes: (kv_heads, key dim, value dim) by layer."""
         self.page_bytes = sum(h * (k + v) for h, k, v in shapes) * PAGE_TOKENS * dtype.itemsize
         self.n_pages = n_bytes // self.page_bytes
-        like = {"dtype": dtype, "device": device}
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
         self.keys = [torch.zeros(self.n_pages, PAGE_TOKENS, h, k, **like) for h, k, _ in shapes]
         self.values = [torch.zeros(self.n_pages, PAGE_TOKENS, h, v, **like) for h, _, v in shapes]
         self._uses = [0] * self.n_pages

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import httpx
 
@@ -52,7 +52,7 @@ def own_server(arguments: Sequence[str]) -> Iterator[OwnServer]:
                 process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: tempfile._TemporaryFileWrapper[str]) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
     until = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < until:
         try:

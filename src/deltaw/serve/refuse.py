@@ -22,7 +22,8 @@ def refused(
     status: int, message: str, code: str | None = None, param: str | None = None, headers: dict[str, str] | None = None
 ) -> HTTPException:
     """An exception that ends the request with this status and OpenAI's body."""
-    return HTTPException(status, detail=error_body(status, message, code, param), headers=headers)
+    body: Any = error_body(status, message, code, param)  # starlette's type knows text only
+    return HTTPException(status, detail=body, headers=headers)
 
 
 def of_error(problem: DeltawError, param: str | None = None) -> HTTPException:

@@ -108,8 +108,8 @@ class Chooser:
         """Apply biases, penalties and the grammar to this row's logits [vocab], in place."""
         s = self.sampling
         if s.logit_bias:
-            ids, biases = zip(*s.logit_bias, strict=True)
-            at = torch.tensor(ids, dtype=torch.long, device=logits.device)
+            tokens, biases = zip(*s.logit_bias, strict=True)
+            at = torch.tensor(tokens, dtype=torch.long, device=logits.device)
             logits[at] += torch.tensor(biases, dtype=torch.float32, device=logits.device)
         if s.repetition_penalty != 1.0 and (seen := self._prompt | self.counts.keys()):
             ids = torch.tensor(sorted(seen), dtype=torch.long, device=logits.device)

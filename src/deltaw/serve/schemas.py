@@ -177,7 +177,7 @@ class CompletionRequest(Asked):
         """One entry a prompt: text, or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return self.prompt if isinstance(self.prompt[0], str | list) else [self.prompt]  # type: ignore[list-item,return-value]
+        return self.prompt if isinstance(self.prompt[0], str | list) else [self.prompt]
 
 
 class TextPart(Strict):

@@ -117,7 +117,7 @@ class Served:
     async def give_by_request(self, name: str, path: str, *, replace: bool = False) -> Card:
         """`give` for a path that a request names: it must lie under one of `roots` or in the registry."""
         before = self._given.get(name)
-        card = await self._aside(lambda: self.give(name, self._jailed(path), replace=replace))
+        card: Card = await self._aside(lambda: self.give(name, self._jailed(path), replace=replace))
         if before is not None and before.id != card.id:
             await self._drop(before.id)
         return card
@@ -175,7 +175,7 @@ class Served:
             reference = parse_reference(asked)
             if reference.prefix is not None or reference.name == self.base_name or reference.name in self._given:
                 return None  # an id says no name that a key could be asked for
-            found = await self._aside(lambda: self.registry.resolve(asked))  # type: ignore[union-attr]
+            found = await self._aside(partial(self.registry.resolve, asked))
         except (RegistryError, NotFound):
             return None
         read = partial(self._read_registered, str(found))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from deltaw.errors import ServeError
 from deltaw.serve.hosts import is_loopback
 from deltaw.serve.serving import LOG, Serving
 
@@ -140,20 +138,6 @@ def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ..
     if has_keys or not is_loopback(host):
         return None
     return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise ServeError where no server can listen: an unknown host, a port that is in use or not for everybody."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            if sys.platform != "win32":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own
-            probe.bind(address)
-    except OSError as error:
-        raise ServeError(
-            f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another --host or --port."
-        ) from None
 
 
 def greeting(host: str, port: int, serving: Serving) -> list[str]:

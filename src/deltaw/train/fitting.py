@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import isfile
@@ -13,7 +14,7 @@ from deltaw.data.needed import common_rows
 from deltaw.data.source import read_rows
 from deltaw.data.task import given_labels
 from deltaw.data.template import Example, encode_all
-from deltaw.errors import BudgetError
+from deltaw.errors import BadInput, BudgetError
 from deltaw.model.base import task_before
 from deltaw.model.load import load_tokenizer
 from deltaw.plan.network import find_config
@@ -44,8 +45,10 @@ def fit(planner: Planner, memory_gb: float) -> tuple[Recipe, Plan]:
     paged optimizer states. What the recipe sets itself (`base.format`, `train.micro_tokens`, `train.checkpointing`,
     `train.optimizer.paged`) is never changed.
 
-    Raises BudgetError that names the smallest budget that would do.
+    Raises BudgetError that names the smallest budget that would do, BadInput for a budget that is no number above 0.
     """
+    if not (math.isfinite(memory_gb) and memory_gb > 0):
+        raise BadInput(f"a budget of {memory_gb} GB: it must be a finite number above 0.")
     limit = memory_gb * 1e9
     smallest: Plan | None = None
     for option in _coarse(planner.recipe, planner):
