@@ -16,11 +16,11 @@ import pytest
 from made_servers import running
 
 from deltaw.errors import NotFound, ServeError
-from deltaw.serve.hosts import is_loopback
+from deltaw.serve.hosts import hosts_of, is_loopback
 from deltaw.serve.keys import add_key, hash_admin_key, read_keys, remove_key
 from deltaw.serve.limits import Admission
 from deltaw.serve.logs import JsonLines, Lines
-from deltaw.serve.server import greeting, hosts_of
+from deltaw.serve.server import greeting
 from deltaw.serve.settings import ServerSettings
 
 LONG = {"model": "tiny", "prompt": "abc", "max_tokens": 450, "temperature": 0, "ignore_eos": True}

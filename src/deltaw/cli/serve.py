@@ -87,9 +87,8 @@ def serve(
 ) -> None:
     """Serve a base with any number of adapters over HTTP, as OpenAI's API."""
     require_extra(NEEDED)
-    from deltaw.serve.hosts import check_address
+    from deltaw.serve.hosts import check_address, hosts_of
     from deltaw.serve.keys import hash_admin_key
-    from deltaw.serve.server import hosts_of
     from deltaw.serve.settings import ServerSettings
 
     check_address(host, port)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
+from deltaw.core.misfits import not_finite
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.kinds import AUTO, NAMES, folder_kind, has_head, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
@@ -193,7 +194,7 @@ def check_causal(net: PreTrainedModel) -> None:
 
 def check_finite(model: torch.nn.Module) -> None:
     """Raise BaseError, naming the tensors, when a parameter or buffer holds NaN or infinity."""
-    bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    bad = not_finite({n: t for n, t in model.state_dict().items() if t.is_floating_point()})
     if bad:
         raise BaseError(f"the base holds NaN or infinity in {some(bad)}.\n  Download or convert it again.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 
 from deltaw.errors import ServeError
 
@@ -31,3 +32,13 @@ def check_address(host: str, port: int) -> None:
         raise ServeError(
             f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another --host or --port."
         ) from None
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ...] | None:
+    """The Host headers that a server takes: loopback's and `more`; None: any, with keys or from outside."""
+    if has_keys or not is_loopback(host):
+        return None
+    return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -128,16 +128,6 @@ def make_server(app: FastAPI, host: str, port: int) -> DrainingServer:
         timeout_graceful_shutdown=5,
     )
     return DrainingServer(config, serving)
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-
-
-def hosts_of(host: str, more: Sequence[str], *, has_keys: bool) -> tuple[str, ...] | None:
-    """The Host headers that a server takes: loopback's and `more`; None: any, with keys or from outside."""
-    if has_keys or not is_loopback(host):
-        return None
-    return tuple(dict.fromkeys([*LOOPBACK, host.lower(), *(name.lower() for name in more)]))
 
 
 def greeting(host: str, port: int, serving: Serving) -> list[str]:

@@ -44,9 +44,9 @@ LOADING_BYTES = 45_000_000
 Measured: 33 to 47 MB (docs/planner.md)."""
 IMPORTS_BYTES = 358_000_000
 """Resident memory of Python, torch and transformers where it cannot be read."""
-KERNEL_BYTES = 25_000_000
+KERNEL_BYTES = 18_000_000
 """What a run's first steps take beside tensors: the libraries' code that is used for the first time, oneDNN's compiled
-kernels, Python's objects. Measured: 15 to 35 MB (docs/planner.md)."""
+kernels, Python's objects. Measured: 9 to 30 MB (docs/planner.md)."""
 
 _ADAPTED = 2
 """Networks of one base that are kept with an adapter; the next adapter takes over the oldest."""
@@ -322,7 +322,7 @@ class Planner:
             return self._timeline(base, recipe, work)
 
     def _while_loading(self, base: Base, planned: _Planned) -> dict[str, int]:
-        """Pages of the checkpoint's files, and temporaries. Weights in the file's dtype stay in the file's pages."""
+        """Pages of the checkpoint's files. Weights in the file's dtype stay in the file's pages."""
         if base.folder is None:
             return {}
         try:
@@ -330,9 +330,7 @@ class Planner:
         except BaseError:
             return {}
         dense = base.format == "dense" and math.isclose(size, planned.counts.weights, rel_tol=0.02)
-        largest = planned.model.net.get_input_embeddings().weight
-        checked = largest.numel() * (largest.element_size() + 2)  # `isfinite` of the largest tensor
-        return {"workspace": checked} if dense else {"file": size}
+        return {} if dense else {"file": size}
 
     def _settings(self, base: Base, recipe: Recipe) -> dict[str, Any]:
         train = recipe.train
