@@ -8,12 +8,14 @@ planned peak more than 10 % from the measured one, or a growth after loading mor
 Each row is a fresh process that loads a base and takes real steps on random rows: SmolLM2-135M (the starter base) and,
 with random weights, the shapes of SmolLM2-360M and GPT-2 in the cache's folder `bench`. --draw measures configurations
 drawn at random instead (plan_draws.py). Prints a table; appends one JSON row each to bench/results/plan.jsonl.
+`--table` writes the newest row of each configuration into docs/planner.md, between its marks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
 from plan_draws import DRAWN, Case, draw
 
-RESULTS = Path(__file__).resolve().parent / "results" / "plan.jsonl"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "plan.jsonl"
+MARKS = re.compile(r"(<!-- plan: begin -->\n).*?(<!-- plan: end -->)", re.DOTALL)
 SMALL, MEDIUM, OTHER = "smollm2-135m-instruct", "smollm2-360m", "gpt2"
 LORA: dict[str, Any] = {"method": "lora", "rank": 16}
 QV: dict[str, Any] = {"method": "lora", "rank": 64, "targets": ["q_proj", "v_proj"], "rslora": True}
@@ -75,6 +79,25 @@ def base_of(name: str) -> Path:
     return folder
 
 
+def table() -> None:
+    """Write the newest rows into docs/planner.md."""
+    newest = {row["label"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    lines = [
+        "| configuration | peak: planned / measured | error | growth after loading: planned / measured | error |",
+        "|---|---|---|---|---|",
+    ]
+    for label, row in newest.items():
+        said = (
+            f"{e['planned'] / 1e6:,.0f} / {e['measured'] / 1e6:,.0f} | {e['error']:+.1%}"
+            for e in (row["errors"]["peak"], row["errors"]["growth"])
+        )
+        lines.append(f"| {'' if row['seed'] is None else 'drawn: '}{label} | {' | '.join(said)} |")
+    page = ROOT / "docs" / "planner.md"
+    text = page.read_text()
+    assert MARKS.search(text), f"{page} has no marks"
+    page.write_text(MARKS.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="configurations whose line holds this word")
@@ -83,7 +106,11 @@ def main() -> None:
     p.add_argument("--draw", type=int, default=0, help="measure so many configurations drawn at random")
     p.add_argument("--seed", type=int, default=0, help="of the draw")
     p.add_argument("--first", type=int, default=0, help="leave out so many of them, which were measured before")
+    p.add_argument("--table", action="store_true", help="write the table, run nothing")
     args = p.parse_args()
+    if args.table:
+        table()
+        return
     cases = draw(args.draw, args.seed)[args.first :] if args.draw else CONFIGS
     print(f"{'configuration':84s} {'peak':>14s} {'error':>7s} {'growth':>14s} {'error':>7s}")
     for case in cases:

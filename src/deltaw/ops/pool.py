@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from deltaw.ops.native.library import loaded
 LEAST = 64 << 10
 """Bytes: smaller buffers are the C library's, as they were."""
 PAGE = 4096
+_STARTING = threading.Lock()
 _TIMES = 4
 """As many addresses as this many times the machine's memory: room between what is in use."""
 
@@ -36,14 +38,15 @@ class Pooled:
 def start() -> bool:
     """From now on this process's large buffers lie in the pool, whoever asks PyTorch for them; True where they do.
 
-    Buffers that are there stay where they are. On Linux with the compiled library; not where the process's addresses
-    are limited (ulimit -v).
+    Buffers that are there stay where they are. On Linux with glibc and the compiled library; not where the process's
+    addresses are limited (ulimit -v).
     """
     native = loaded()
     if native is None:
         return False
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _TIMES
-    return bool(native.handle.deltaw_pool_start(b"libc10.so", ctypes.c_int64(size)))
+    with _STARTING:
+        return bool(native.handle.deltaw_pool_start(b"libc10.so", ctypes.c_int64(size)))
 
 
 def settle() -> None:

@@ -6,7 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__linux__) && defined(__LP64__)
+#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
+#include <features.h>
+#endif
+#if defined(__GLIBC__) && defined(__LP64__)  // another C library keeps other addresses in a library's tables
 #include <elf.h>
 #include <link.h>
 #include <pthread.h>
@@ -77,6 +80,7 @@ class Pool {
     void release(const void* p) {
         pthread_mutex_lock(&lock);
         const auto found = used_.find({(static_cast<const char*>(p) - base_) / kPage});
+        if (found == used_.end()) abort();  // freed twice, as the C library would say
         int64_t at = found->first.page, size = found->second;
         used_.erase(found);
         in_use -= size;
