@@ -19,6 +19,7 @@ from deltaw.errors import WorkFailed
 from deltaw.lab.checks import Check, Checks
 from deltaw.lab.desk import Desk
 from deltaw.lab.server import make_app
+from deltaw.store import objects
 from deltaw.store.registry import Registry
 
 
@@ -61,7 +62,9 @@ def test_lab_work_diagnose_an_adapter_of_the_registry_by_reference(client: TestC
 
 
 def test_lab_work_diagnose_nan_is_found_and_can_be_carried(client: TestClient, desk: Desk, tiny_folder: Path):
-    Registry(desk.registry).add("broken", noise(tiny_folder, 5, size=float("nan")))
+    with pytest.MonkeyPatch.context() as before:  # kept when nobody looked for NaN yet
+        before.setattr(objects, "not_finite", lambda tensors: [])
+        Registry(desk.registry).add("broken", noise(tiny_folder, 5, size=float("nan")))
     told = client.get("/api/work/diagnose?adapter=broken").json()
     assert [f["kind"] for f in told["findings"]] == ["not_finite"]
 

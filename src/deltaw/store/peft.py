@@ -365,7 +365,8 @@ def _refuse_contradictions(spec: MethodSpec, sites: dict[str, dict[str, Tensor]]
     """Raise AdapterError where factors, which tell the sizes of a foreign adapter's places, are not as its settings."""
     problems = []
     for name, params in sites.items():
-        if type(spec).peft_site(name, params) is None and places[name].kind in ("linear", "embedding"):
+        told = {"A", "B"} & set(params) or set(params) == {"bias"}  # VeRA's vectors tell no sizes
+        if told and type(spec).peft_site(name, params) is None and places[name].kind in ("linear", "embedding"):
             wanted = spec.shapes(places[name], set(params) != {"bias"})
             problems += misfits(name, wanted, params, "its settings need")
     if problems:
