@@ -21,7 +21,7 @@ def test_store_faults_three_processes_killed_at_random_lose_nothing():
     told = run_campaign("--rounds", "10", "--seed", "1")["crowd"]
     assert (told["killed"], told["verified"]) == (30, 10)
     assert told["killed in an operation"] >= 15, "most kills should strike"
-    assert told["add"] >= 1  # how many get through before they are killed is the machine's
+    assert told["add"] >= 5
 
 
 def test_store_faults_an_operation_killed_at_a_line_can_be_done_again():

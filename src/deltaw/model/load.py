@@ -13,13 +13,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.core.checkpoint_files import checkpoint_files, read_header, read_json
-from deltaw.core.misfits import not_finite
+from deltaw.core.misfits import not_finite, some
 from deltaw.errors import BaseError, WorkFailed, near
 from deltaw.model.kinds import AUTO, NAMES, folder_kind, has_head, make_head, not_in, with_labels
 from deltaw.model.quantised import Format, argument, own_config, saved_format, settle
 from deltaw.model.quiet import UNUSABLE, making, quiet
 from deltaw.model.starter import STARTERS, Say, convert_gguf, fetch_starter, is_no_space
-from deltaw.model.unsupported import refuse_unsupported, some
+from deltaw.model.unsupported import refuse_unsupported
 
 __all__ = [
     "DTYPES",

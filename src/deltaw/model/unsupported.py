@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from deltaw.core.misfits import some
 from deltaw.errors import BaseError
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOWERS = ("vision_config", "audio_config")
-LISTED = 5
 
 
 def refuse_unsupported(model: PreTrainedModel, *, attention_only: bool) -> None:
@@ -62,9 +62,3 @@ def _expert_modules(model: PreTrainedModel) -> list[str]:
         if isinstance(n := getattr(holder, key, None), int) and n > 0
     ]
     return list(found) or counted
-
-
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
