@@ -4,8 +4,9 @@
 //
 // A pair lies along the summed dimension. M is turned a chunk of terms and PANELS panels of SPAN columns at a time, pairs
 // [depth / 2, SPAN, 2], so that a lane of a sum belongs to a column; then the rows of x pass in groups of 12, each pair
-// spread over the lanes: 24 sums, 14 loads for 24 products. A panel lies in the first cache, a block of rows of x and the
-// group in the second. Sums are float32, and wait as such where there are more chunks; y is rounded once.
+// spread over the lanes: 24 sums, 14 loads for 24 products. A group's panels and a block of rows of x lie in the second
+// cache: 24 products hide what a pair takes from there, and sums that leave their registers for memory, once a chunk,
+// cost more. Sums are float32, and wait as such where there are more chunks; y is rounded once.
 #pragma once
 #include "attention.h"
 
@@ -14,10 +15,10 @@
 namespace {
 
 constexpr int64_t SPAN = 32;         // columns of a panel
-constexpr int64_t PANELS = 8;        // panels that a block of rows meets
-constexpr int64_t TERMS = 640;       // terms of a chunk at most
+constexpr int64_t PANELS = 4;        // panels that a block of rows meets
+constexpr int64_t TERMS = 2304;      // terms of a chunk at most
 constexpr int64_t LEAD = 256;        // of an adapter's factor, which goes before the first chunk's
-constexpr int64_t X_BYTES = 320 << 10;  // bytes of x that stay in the second cache
+constexpr int64_t X_BYTES = 128 << 10;  // bytes of x that stay in the second cache
 
 struct Chunk {  // terms [k0, k0 + depth) of those from `term` on, whose rows of x lie side by side; lead of another before
     int64_t term, k0, depth, lead;
