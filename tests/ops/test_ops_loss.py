@@ -106,6 +106,17 @@ def test_rows_are_cross_entropy_and_logits_become_its_gradient(any_path):
         assert_rounded_once(logits, wide.grad)
 
 
+def test_rows_may_lie_apart_and_what_lies_between_stays(any_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = torch.randn(5, 300).to(dtype)
+        apart, targets = wide.clone(), torch.tensor([0, 255, 7, 7, 100])
+        dense = wide[:, :256].contiguous()
+        losses = cross_entropy_(apart[:, :256], targets, 0.7)
+        assert torch.equal(losses, cross_entropy_(dense, targets, 0.7))
+        assert torch.equal(apart[:, :256], dense)
+        assert torch.equal(apart[:, 256:], wide[:, 256:])
+
+
 def test_losses_go_where_they_are_wanted(any_path):
     logits, targets = logits_and_targets(torch.float32)
     into = torch.empty(ROWS)

@@ -34,7 +34,7 @@ def head_loss_reference(h: Tensor, weight: Weight, bias: Tensor | None, targets:
 def _chunk(h: Tensor, weight: Weight, bias: Tensor | None, targets: Tensor, arena: Arena, dh: Tensor | None) -> Tensor:
     """The summed loss of a few rows; fills their dh."""
     with arena.lock, arena.scratch():
-        logits = arena.borrow(len(h), weight.out_features, like=h)
+        logits = arena.borrow(len(h), weight.out_features, like=h, apart=True)
         products([Band(logits, [Term(h, Frozen(weight))], bias)], arena)
         loss = cross_entropy_(logits, targets).sum()
         if dh is not None:

@@ -22,7 +22,7 @@ _CHUNK_VALUES = 4_000_000  # logits upcast at a time: 16 MB of float32
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: float = 1.0, losses: Tensor | None = None) -> Tensor:
     """The negative log-likelihood of each row's target; `logits` become scale * (softmax - onehot).
 
-    logits    [n, V], contiguous; overwritten, rounded once to their dtype
+    logits    [n, V], rows contiguous; overwritten, rounded once to their dtype
     targets   int64 [n], each from 0 to V - 1
     losses    where the result is written; None: a new tensor
     returns   [n] float32 (float64 for float64)

@@ -275,7 +275,7 @@ void gated_backward(const Gated& t, int64_t first, int64_t last) {
 template <class D>
 inline void cross_entropy_row(const CrossEntropy& t, int64_t r) {
     constexpr int64_t PIECE = 4096;
-    const auto* x = (const typename D::T*)t.logits + r * t.v;
+    const auto* x = row_of<D>(t.logits, r, 1, 0);
     float lanes[W], top = -INFINITE, sum = 0;
     const auto larger = [](F a, F b) { return V::max(a, b); };
     const auto keep = [&](int64_t k, auto at, F a) { return V::max(a, get<D>(x, k, at, -INFINITE)); };
@@ -290,8 +290,8 @@ inline void cross_entropy_row(const CrossEntropy& t, int64_t r) {
     const F wanted = V::add(get<D>(x, target, Part{1}), down);  // in the first lane
     V::store(lanes, wanted);
     t.losses[r] = __builtin_logf(sum) - lanes[0];
-    if (!t.out) return;
-    auto* out = (typename D::T*)t.out + r * t.v;
+    if (!t.out.at) return;
+    auto* out = row_of<D>(t.out, r, 1, 0);
     const F scale = V::set1(t.scale / sum);
     along(t.v, [&](int64_t k, auto at) { put<D>(out, k, at, V::mul(exp(V::add(get<D>(x, k, at), down)), scale)); });
     put<D>(out, target, Part{1}, V::fma(exp(wanted), scale, V::set1(-t.scale)));

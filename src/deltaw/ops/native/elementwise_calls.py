@@ -58,7 +58,7 @@ class _Gated(ctypes.Structure):
 
 class _CrossEntropy(ctypes.Structure):
     _fields_ = [
-        ("logits", _pointer), ("out", _pointer), ("targets", _pointer), ("losses", _pointer), ("n", _i64), ("v", _i64),
+        ("logits", _Rows), ("out", _Rows), ("targets", _pointer), ("losses", _pointer), ("n", _i64), ("v", _i64),
         ("scale", _f32), ("dtype", _i32),
     ]  # fmt: skip
 
@@ -140,8 +140,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float, out: Tensor | N
         raise ShapeError(f"logits are {list(logits.shape)}; the kernel needs [n, v].")
     n, v = logits.shape
     task = _CrossEntropy(
-        logits=checked("logits", logits, logits.dtype, n * v),
-        out=None if out is None else checked("out", out, logits.dtype, n * v),
+        logits=_rows("logits", logits, logits),
+        out=_Rows() if out is None else _rows("out", out, logits, written=True),
         targets=_targets(targets, n, v), losses=checked("losses", losses, torch.float32, n),
         n=n, v=v, scale=scale, dtype=DTYPES[logits.dtype],
     )  # fmt: skip

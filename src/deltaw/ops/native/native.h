@@ -168,8 +168,7 @@ struct Gated {
 // losses [n] = logsumexp(logits_i) - logits_i[target_i]; out = scale (softmax - onehot), which may be the logits'
 // own memory, or null.
 struct CrossEntropy {
-    const void* logits;  // [n, v]
-    void* out;
+    Strided logits, out;
     const int64_t* targets;
     float* losses;
     int64_t n, v;
