@@ -1,4 +1,4 @@
-"""Rounds of a loop that are not run are counted: the record is that of a loop that is run to its end."""
+"""Rounds of a loop that are not run take what the one before them took: no more is ever alive, and as much is left."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaw.ops.arena import Arena
 from deltaw.ops.byrows import by_rows
 from deltaw.ops.rounds import rounds, watched
+from deltaw.plan.timeline import NAMES, Timeline
 from deltaw.plan.trace import Tracer, traced
 from deltaw.train.planning import Kept, Planner, Work
 from deltaw.train.recipe import load_recipe
@@ -86,16 +87,28 @@ def backward(x: Tensor, seen: list[slice]) -> None:
         *((work, False) for work in (keeps, unlike)),
     ],
 )
-def test_the_record_of_a_few_rounds_is_that_of_all(work: Callable[[Tensor, list[slice]], None], fewer: bool):
+def test_a_few_rounds_take_what_all_take(work: Callable[[Tensor, list[slice]], None], fewer: bool):
     x = torch.empty(N, 4, dtype=torch.float16, device="meta")
     found = []
     for whole in (False, True):
         seen: list[slice] = []
         line = traced(lambda: work(x, seen), [x], [], 7, whole=whole)  # noqa: B023
-        found.append((line.events.tolist(), line.named, len(seen)))
-    (events, causes, few), (all_events, all_causes, many) = found
-    assert (events, causes) == (all_events, all_causes)
-    assert few < many if fewer else few == many
+        found.append((line, levels(line), len(seen)))
+    (some, few_levels, few), (every, all_levels, many) = found
+    assert (some.peak(), some.arena(), some.held()) == (every.peak(), every.arena(), every.held())
+    assert set(few_levels) == set(all_levels)
+    assert few_levels[-1:] == all_levels[-1:]
+    assert few < many if fewer else few_levels == all_levels
+
+
+def levels(line: Timeline) -> list[tuple[int, ...]]:
+    """Bytes alive by name behind each event."""
+    alive = dict.fromkeys(NAMES, 0)
+    found = []
+    for number, size in line.events.tolist():
+        alive[NAMES[line.cause[number]]] += size
+        found.append(tuple(alive.values()))
+    return found
 
 
 def test_what_an_arena_keeps_in_each_round_adds_up():

@@ -7,6 +7,8 @@ import torch
 
 from deltaw import Dora, Ia3, Lora
 from deltaw.data.template import Example
+from deltaw.methods.bitfit import BitFit
+from deltaw.methods.full import Full
 from deltaw.methods.houlsby import Houlsby
 from deltaw.methods.prefix import PrefixTuning
 from deltaw.methods.prompt import Prompt
@@ -95,6 +97,36 @@ def test_plan_trace_knows_an_arena_to_the_byte(kind, adapter, again):
     assert real.why_plain() is None
     assert line.lent == real.arena._borrowed.peak
     assert line.arena() == real.arena.peak
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [Lora(rank=150, alpha=5), Lora(rank=3, dropout=0.1), Dora(rank=2), Ia3(), Full(), BitFit(), Prompt()],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("again", [False, True])
+def test_plan_trace_of_the_second_micro_batch_alone_is_that_of_two(kind, adapter, again):
+    examples = rows(3, 16)
+    found = []
+    for how in ({"twice": True}, {}):
+        net = make_net(kind).to("meta")
+        model = Model(net)
+        with Tracer(), torch.device("meta"):
+            model.attach(adapter)
+        idle = torch.empty(1 << 20, device="meta", requires_grad=True)  # gets no gradient
+        parameters = [*model.trainable().values(), idle]
+
+        def work() -> None:
+            for _ in range(1 if how else 2):  # noqa: B023
+                step_gradient(model, examples, sft, checkpointing=again, seed=1)  # noqa: B023
+
+        line = traced(
+            work, [*net.parameters(), *net.buffers(), *parameters], parameters, VOCAB, arena=model.arena, **how
+        )
+        gradients = [s for n, s in line.events.tolist() if s > 0 and line.named[n] == "gradients"]
+        found.append((line.peak(), line.arena(), line.held(), line.lent, sorted(gradients)))
+    assert found[0] == found[1]
 
 
 def plan(base: str = "smollm2-135m", n: int = 4, length: int = 64, **train):

@@ -80,12 +80,12 @@ class Lora(LowRank):
 
     def _random(self, site: LinearSite, rng: torch.Generator) -> Params:
         r = self.rank_at(site)
-        A = torch.zeros(r, site.in_features, dtype=torch.float32)
         B = torch.zeros(site.out_features, r, dtype=torch.float32)
+        if site.kind != "embedding" and self.init_a == "kaiming":
+            return {"A": kaiming(r, site.in_features, rng), "B": B}
+        A = torch.zeros(r, site.in_features, dtype=torch.float32)
         if site.kind == "embedding":
             B.normal_(generator=rng)
-        elif self.init_a == "kaiming":
-            A = kaiming(r, site.in_features, rng)
         else:
             A.normal_(std=1 / r, generator=rng)
         return {"A": A, "B": B}

@@ -211,4 +211,4 @@ def _first_match(pattern: dict[str, Any], path: str, default: Any) -> Any:
 
 def _first_key(pattern: dict[str, Any], path: str) -> str | None:
     """PEFT's rule: the first key that matches the whole path or a dotted tail of it."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", path)), None)
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", path)), None) if pattern else None

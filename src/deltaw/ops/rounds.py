@@ -1,7 +1,7 @@
 """Loops over parts of rows whose rounds all do the same: who only counts memory need not run every one.
 
 A planner (plan/trace.py) runs operations on tensors without numbers. There the third round allocates and frees what
-the second did, and so does the hundredth: a watcher notes that, and the rounds between are not run.
+the second did, and so does the hundredth: a watcher sees that, and the rounds between are not run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Watcher(Protocol):
     def mark(self) -> tuple[int, ...]:
         """Where it stands: between two rounds."""
 
-    def again(self, marks: list[tuple[int, ...]], times: int) -> bool:
-        """Note the last round `times` more where it stands for those to come; False: it may not.
+    def again(self, marks: list[tuple[int, ...]]) -> bool:
+        """Whether the last round stands for those to come that are as large.
 
         marks  of the rounds so far, the last behind the last round
         """
@@ -57,5 +57,5 @@ def rounds(n: int, step: int) -> Iterator[slice]:
         left = (n - at) // step  # as large as this one
         if by is not None and left > 0:
             marks.append(by.mark())
-            if by.again(marks, left):
+            if by.again(marks):
                 at += left * step

@@ -107,8 +107,9 @@ def _even(t: Tensor, dim: int, arena: Arena) -> Tensor:
     """A copy with zeros behind an odd number of terms."""
     n = t.shape[dim]
     out = arena.borrow(*(s + (d == dim) for d, s in enumerate(t.shape)), like=t)
-    out.narrow(dim, 0, n).copy_(t)
-    out.narrow(dim, n, 1).zero_()
+    if not out.is_meta:
+        out.narrow(dim, 0, n).copy_(t)
+        out.narrow(dim, n, 1).zero_()
     return out
 
 

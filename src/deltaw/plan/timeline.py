@@ -50,6 +50,22 @@ class Timeline:
         places = np.fromiter(map(_PLACE_OF.__getitem__, cause), dtype=np.int64, count=len(cause))
         return cls(flat.reshape(-1, 2), places, list(parts), **more)
 
+    def begun(self, n: int, sizes: dict[int, int]) -> Timeline:
+        """The same, where of the `n` storages that the first events allocate only those in `sizes` are, so large."""
+        if n == 0:
+            return self
+        kept = np.array(sorted(sizes), dtype=np.int64)
+        begin = np.stack([np.arange(len(kept)), [sizes[i] for i in kept.tolist()]], axis=1)
+        events = np.concatenate([begin, self.events[n:] - (n - len(kept), 0)])
+        cause = np.concatenate([self.cause[kept], self.cause[n:]])
+
+        def moved(event: int) -> int:
+            return int(np.searchsorted(kept, min(event, n))) + max(0, event - n)
+
+        return replace(
+            self, events=events, cause=cause, parts=[(moved(a), moved(b), part) for a, b, part in self.parts]
+        )
+
     @property
     def named(self) -> list[str]:
         """The cause of each storage by name."""

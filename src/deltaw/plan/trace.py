@@ -24,6 +24,7 @@ from deltaw.model import fuse
 from deltaw.ops.arena import Arena
 from deltaw.ops.block import Block
 from deltaw.ops.rounds import watched
+from deltaw.plan.made import made, tensors, what
 from deltaw.plan.timeline import ADDED, KEPT, LENT, Timeline
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -31,11 +32,7 @@ _ADD = torch.ops.aten.add_.Tensor
 _RAND, _DRAWN = torch.ops.aten.rand.default, torch.ops.aten.rand.generator
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _PATCHED = threading.RLock()
-_META = torch.device("meta")
 _LISTS = (list, tuple)
-_MADE: dict[Any, tuple[tuple[Any, ...], ...]] = {}
-"""What operations make of which shapes, for all tracers."""
-_MOST_MADE = 1 << 15
 
 
 class Tracer(TorchDispatchMode):
@@ -65,6 +62,8 @@ class Tracer(TorchDispatchMode):
         self._refs: dict[int, weakref.ref[Any]] = {}  # by storage, as _ids
         self._alive: dict[int, int] = {}
         self._added: list[tuple[int, int]] = []
+        self._held = 0
+        self._first: dict[int, tuple[int, int]] = {}  # a held gradient -> the storage that it first was, and its bytes
         self._phase = self._kept = self._lent = 0
         self._of_phase: dict[int, int] = {}
         self._in_backward = False
@@ -75,12 +74,12 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
-        on_meta = [t for t in tensors if t.is_meta]
+        there = tensors((*args, *kwargs.values()) if kwargs else args)
+        on_meta = [t for t in there if t.is_meta]
         if on_meta:
             if func is _ITEM:
                 return 1.0
-            if len(on_meta) < len(tensors):
+            if len(on_meta) < len(there):
                 args, kwargs = tree_map_only(
                     Tensor, lambda t: t if t.is_meta else torch.empty_like(t, device="meta"), (args, kwargs)
                 )
@@ -94,53 +93,45 @@ class Tracer(TorchDispatchMode):
                 if (part := self._part_of.get(t.untyped_storage()._cdata)) is not None:
                     self.enter(part)
                     in_part = True
-        backward = torch._C._current_graph_task_id() != -1
-        if backward != self._in_backward:
-            self._turn(backward)
-        _, written, makes = _WHAT.get(id(func)) or _what(func)  # an operation hashes itself in Python
+        backward = self._turned()
+        _, written, makes = what(func)
         if not on_meta:
             out = func(*args, **kwargs)
         elif written is not None:
             out = args[0] if written == 0 else kwargs["out"]
         else:
-            out = self._result(func, args, kwargs) if makes else func(*args, **kwargs)
+            out = made(func, args, kwargs, self._ids) if makes else func(*args, **kwargs)
         if isinstance(out, Tensor):
             if out.is_meta:
                 self._see(out)
         elif isinstance(out, _LISTS):
-            for t in _tensors(out):
+            for t in tensors(out):
                 if t.is_meta:
                     self._see(t)
         if in_part:
             self._after = len(self._events)
         if func is _ADD and backward:
-            self._added.append((self._number(args[0]), self._number(args[1])))
+            self._add(*args[:2])
         return out
+
+    def hold(self, parameters: Iterable[Tensor]) -> None:
+        """Before all else: let every parameter have a gradient, as if what is done now had been done before."""
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        self._held = len(self._cause)
+
+    def _add(self, to: Tensor, value: Any) -> None:
+        """`value` is added to a gradient. Where there was none, autograd kept it, or a copy if it lies otherwise."""
+        at, number = self._number(to), self._number(value)
+        self._added.append((at, number))
+        if 0 <= at < self._held:
+            same = all(a == b for a, b, n in zip(to.stride(), value.stride(), to.shape, strict=True) if n > 1)
+            storage = (number, value) if same else (-2 - at, to)
+            self._first.setdefault(at, (storage[0], storage[1].untyped_storage().nbytes()))
 
     def _number(self, value: Any) -> int:
         """Of a tensor's storage; -1 where it is not counted."""
         return self._ids.get(value.untyped_storage()._cdata, -1) if isinstance(value, Tensor) else -1
-
-    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What `func` makes of tensors on the meta device."""
-        key = id(func), _described(args), tuple(kwargs), _described(kwargs.values()) if kwargs else ()
-        found = _MADE.get(key)
-        if found is not None:
-            new = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in found]
-            return new[0] if len(new) == 1 else tuple(new)
-        out = func(*args, **kwargs)
-        made = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
-        if made and all(isinstance(t, Tensor) and self._is_new(t) for t in made):
-            if len(_MADE) >= _MOST_MADE:
-                _MADE.clear()
-            _MADE[key] = tuple((t.size(), t.stride(), t.dtype) for t in made)
-        return out
-
-    def _is_new(self, t: Tensor) -> bool:
-        """Whether `t` has a storage of its own that is as large as its shape says."""
-        alone = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
-        size = t.untyped_storage().nbytes()
-        return t.is_meta and t.untyped_storage()._cdata not in self._ids and alone.untyped_storage().nbytes() == size
 
     def part_of(self, tensor: Tensor) -> int | None:
         """The part of the network that a tensor belongs to."""
@@ -175,6 +166,8 @@ class Tracer(TorchDispatchMode):
 
     def placed(self, arena: Arena, tensor: Tensor, lent: bool) -> None:
         """`tensor`, just made, lies in the arena."""
+        self._turned()
+        self._see(tensor)
         self._arena = arena
         self._lent = max(self._lent, arena.borrowed)
         self._kept = max(self._kept, arena.kept)
@@ -193,8 +186,11 @@ class Tracer(TorchDispatchMode):
         stacks = (0, 0) if arena is None else (arena.kept, arena.borrowed)
         return len(self._events), len(self._cause), self._after, len(self._parts), self._phase, *stacks
 
-    def again(self, marks: list[tuple[int, ...]], times: int) -> bool:
-        """As `ops.rounds.Watcher`: a round stands for others if it did what the one before did, to what that left."""
+    def again(self, marks: list[tuple[int, ...]]) -> bool:
+        """As `ops.rounds.Watcher`: a round stands for others if it did what the one before did, to what that left.
+
+        Then no more is alive in any of them, and nothing is noted.
+        """
         if marks[-1] == marks[-2]:
             return True  # nothing was allocated or freed
         if len(marks) < 3 or not marks[-3][3:] == marks[-2][3:] == marks[-1][3:]:
@@ -207,21 +203,13 @@ class Tracer(TorchDispatchMode):
             return False
         if any(n in self._alive for n in range(made, then)) or any(c.startswith(KEPT) for c in causes):
             return False  # what they keep adds up
-        if read_3 - read_2 != read_2 - read:
-            return False
-        for i in range(1, times + 1):
-            self._events += [(n + i * shift, size) for n, size in two]
-            self._cause += causes
-        self._after += times * (read_3 - read_2)
-        for key in [key for key, number in self._ids.items() if number >= then]:
-            number = self._ids[key]
-            self._ids[key] = moved = number + times * shift
-            self._alive[moved] = self._alive.pop(number)
-            self._of_phase[moved] = self._of_phase.pop(number)
-        return True
+        return read_3 - read_2 == read_2 - read
 
-    def _turn(self, backward: bool) -> None:
-        """Where a backward begins: what the forward made and is still alive was kept for it."""
+    def _turned(self) -> bool:
+        """Whether a backward is under way. Where it begins, what the forward made and is alive was kept for it."""
+        backward: bool = torch._C._current_graph_task_id() != -1
+        if backward == self._in_backward:
+            return backward
         if backward:
             for number in self._alive:
                 place, _, cause = self._cause[number].rpartition(":")
@@ -229,6 +217,7 @@ class Tracer(TorchDispatchMode):
                     self._cause[number] = f"{place}:activations" if place else "activations"
         self._phase += 1
         self._in_backward = backward
+        return backward
 
     def ended(self, parameters: Iterable[Tensor]) -> Timeline:
         """The record; nothing is added to it from now on. The gradients of `parameters` are called so."""
@@ -241,59 +230,8 @@ class Tracer(TorchDispatchMode):
                 self._cause[number] = ADDED + "workspace"
         line = Timeline.of(self._events, self._cause, self._parts, lent=self._lent)
         line.unseen = max(0, self._kept - line.kept())
-        return line.settled()
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among an operation's arguments or results, which are values and lists of values."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, _LISTS):
-            found += _tensors(value)
-    return found
-
-
-def _described(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Values as a key: of tensors what a result's shape can depend on; 1, 1.0 and True are told apart."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append((value.size(), value.stride(), value.dtype))
-        elif isinstance(value, _LISTS):
-            found.append(_described(value))
-        else:
-            found.append((type(value), value))
-    return tuple(found)
-
-
-_WHAT: dict[int, tuple[Any, int | str | None, bool]] = {}
-"""Operations by id, and what they do; they are kept, so that no other gets the id."""
-
-
-def _what(func: Any) -> tuple[Any, int | str | None, bool]:
-    """An operation and what it does: `_written` and `_makes`."""
-    found = _WHAT[id(func)] = func, _written(func), _makes(func)
-    return found
-
-
-def _written(func: Any) -> int | str | None:
-    """Which argument an operation writes and returns, changing no shape: 0, the first, or "out"; None: it does more."""
-    results, arguments = func._schema.returns, func._schema.arguments
-    if torch.Tag.inplace_view in func.tags or len(results) != 1:
-        return None
-    alias = results[0].alias_info
-    if alias is None or not alias.is_write:
-        return None
-    owner = next(a for a in arguments if a.alias_info is not None and a.alias_info.before_set == alias.before_set)
-    return 0 if owner is arguments[0] else "out" if owner.name == "out" else None
-
-
-def _makes(func: Any) -> bool:
-    """Whether all that an operation gives is new."""
-    results = func._schema.returns
-    return bool(results) and all(r.alias_info is None and str(r.type) == "Tensor" for r in results)
+        there = {storage: at for at, (storage, _) in sorted(self._first.items(), reverse=True) if storage != -1}
+        return line.begun(self._held, {at: self._first[at][1] for at in there.values()}).settled()
 
 
 def traced(
@@ -304,11 +242,13 @@ def traced(
     parts: Mapping[int, Iterable[Tensor]] | None = None,
     arena: Arena | None = None,
     whole: bool = False,
+    twice: bool = False,
 ) -> Timeline:
     """The timeline of `work`, which computes with `known` tensors and adds to the gradients of `parameters`.
 
     arena  whose buffers are told apart from the others
     whole  run every round of every loop. Else rounds that do the same (ops/rounds.py) are run a few times
+    twice  it is done twice. The second time takes what the first took, and the gradients beside: it alone is run
     """
     tracer = Tracer(known, wide, parts)
     of_parts = [(p, part) for p in parameters if (part := tracer.part_of(p)) is not None]
@@ -317,6 +257,8 @@ def traced(
     arena.told = partial(tracer.placed, arena)
     try:
         with _cpu_attention(), _marked(tracer), nullcontext() if whole else watched(tracer), tracer:
+            if twice:
+                tracer.hold(parameters)
             work()
     finally:
         arena.told = None

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -96,6 +96,7 @@ class _Planned:
         """Whether the network is no longer the base."""
         return any(made.spec.trains_base for made in self.model.adapters.values())
 
+    @cached_property
     def known(self) -> dict[str, Tensor]:
         """The tensors that are there before a step, by name."""
         net = self.model.net
@@ -266,13 +267,12 @@ class Planner:
         loss = find_loss(train.loss)
 
         def work(model: Model) -> None:
-            for documents in micros:
-                step_gradient(
-                    model, _examples(documents, self.work.common), loss, checkpointing=train.checkpointing, seed=1
-                )
+            step_gradient(
+                model, _examples(micros[0], self.work.common), loss, checkpointing=train.checkpointing, seed=1
+            )
 
         what = ("step", str(micros), self.work.common, train.checkpointing, train.loss)
-        return self._traced(what, base, recipe, work)
+        return self._traced(what, base, recipe, work, len(micros) > 1)
 
     def _evaluation(self, base: Base, recipe: Recipe) -> dict[str, int]:
         loss = find_loss(recipe.train.loss)
@@ -282,21 +282,23 @@ class Planner:
 
         return self._traced(("evaluation", str(self.work.evaluation), recipe.train.loss), base, recipe, work)
 
-    def _traced(self, what: Key, base: Base, recipe: Recipe, work: Callable[[Model], None]) -> dict[str, int]:
+    def _traced(
+        self, what: Key, base: Base, recipe: Recipe, work: Callable[[Model], None], twice: bool = False
+    ) -> dict[str, int]:
         key = *self._key(base, recipe), *what
         if (known := self._kept.traces.get(key)) is not None:
             return known
-        timeline = self._timeline(base, recipe, work)
+        timeline = self._timeline(base, recipe, work, twice)
         found = timeline.peak()
         beside = max(0, timeline.arena() + timeline.held() - sum(found.values())) + KERNEL_BYTES
         return self._kept.keep(self._kept.traces, key, found | {"allocator": beside})
 
-    def _timeline(self, base: Base, recipe: Recipe, work: Callable[[Model], None]) -> Timeline:
-        """What `work` allocates and frees: of the short network, repeated, or of the deep one where that cannot be."""
+    def _timeline(self, base: Base, recipe: Recipe, work: Callable[[Model], None], twice: bool) -> Timeline:
+        """What `traced` says: of the short network, repeated, or of the deep one where that cannot be."""
         planned = self._made(base, recipe)
         model, short = planned.model, planned.short
         parameters = list(model.trainable().values())
-        known = planned.known()
+        known = planned.known
         wide = model.net.config.get_text_config().vocab_size
         try:
             line = traced(
@@ -307,6 +309,7 @@ class Planner:
                 None if short is None else short.parts(known),
                 model.arena,
                 self._whole,
+                twice,
             )
         finally:
             for tensor in parameters:
@@ -319,7 +322,7 @@ class Planner:
             return whole
         except Unlike:
             self._make_whole(base, recipe)
-            return self._timeline(base, recipe, work)
+            return self._timeline(base, recipe, work, twice)
 
     def _while_loading(self, base: Base, planned: _Planned) -> dict[str, int]:
         """Pages of the checkpoint's files. Weights in the file's dtype stay in the file's pages."""
