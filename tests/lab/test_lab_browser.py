@@ -145,7 +145,8 @@ def test_lab_browser_the_bars_of_memory_are_deltaw_plans(page: Page):
             if size and cause != "runtime":  # what the process that asks has taken by then
                 assert found[cause][i] == f"{size / 1e9:.3f}", (method, cause)
         peak = plan["peak_bytes"] - plan["bytes"]["runtime"] + 1e9 * float(found["runtime"][i])
-        shown_peak = float(page.numbers()[method].split(" GB")[0])
+        value, unit = page.numbers()[method].partition(",")[0].split()
+        shown_peak = float(value) * {"GB": 1, "MB": 1e-3}[unit]
         assert shown_peak == pytest.approx(peak / 1e9, abs=0.006), "two digits, and three of the runtime"
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import BadInput, BudgetError, RecipeError
+from deltaw.plan.kept import Kept
 from deltaw.plan.network import shapes
 from deltaw.train.fitting import fit, work_of_rows
-from deltaw.train.planning import Kept, Planner, Work
+from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
 from train.tiny_runs import ROWS, recipe, run, save_base
 

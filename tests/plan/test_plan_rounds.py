@@ -13,9 +13,10 @@ from torch import Tensor
 from deltaw.ops.arena import Arena
 from deltaw.ops.byrows import by_rows
 from deltaw.ops.rounds import rounds, watched
+from deltaw.plan.kept import Kept
 from deltaw.plan.timeline import NAMES, Timeline
 from deltaw.plan.trace import Tracer, traced
-from deltaw.train.planning import Kept, Planner, Work
+from deltaw.train.planning import Planner, Work
 from deltaw.train.recipe import load_recipe
 from models import make_net
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltaw.plan.kept import Kept
 from deltaw.plan.repeat import UNITS, Unlike, repeated
 from deltaw.plan.timeline import Timeline
 from deltaw.plan.trace import Tracer
@@ -159,3 +160,23 @@ def test_plan_short_repeats_a_timeline_and_refuses_units_that_differ():
         repeated(line_of([8, 8, 8, 10, 8, 8]), 9)
     backward = repeated(line_of([8] * (UNITS + 1), backward=False), 7)
     assert backward.events.tolist() == line_of([8] * 8, backward=False).events.tolist()
+
+
+def test_plan_of_another_format_is_its_own_whatever_was_planned_before():
+    """Some formats share a trace; each plan is as if nothing had been kept."""
+    work, kept, shared = Work([(9, 4), (16, 15)], [(12, 11)]), Kept(), []
+    for dtype, adapter in itertools.product(
+        ("bfloat16", "float32"),
+        (LORA, LORA | {"dropout": 0.1}, METHODS["dora"], METHODS["houlsby"], LORA | {"save_modules": ["norm"]}),
+    ):
+        for formats in (("nf4", "dense", "int8"), ("dense", "nf4", "int8")):
+            for again, form in itertools.product((False, True), formats):
+                base = {"path": "smollm2-135m", "dtype": dtype, "format": form}
+                recipe = load_recipe({"base": base, "adapter": adapter, "train": {"checkpointing": again}})
+                before = len(kept.traces)
+                found = Planner(recipe, work, RUNTIME, kept=kept).plan().plain()
+                assert found == Planner(recipe, work, RUNTIME).plan().plain()
+                shared.append(len(kept.traces) == before)
+            kept = Kept()
+    assert any(shared)
+    assert not all(shared)

@@ -19,8 +19,8 @@ from deltaw.merge.factors import Cut
 from deltaw.merge.factors import decomposed as whole_cut
 from deltaw.model.base import load_base
 from deltaw.model.model import Model
+from deltaw.plan.kept import Kept
 from deltaw.plan.network import Base, find_config, network_of, shapes
-from deltaw.train.planning import Kept
 
 KEPT, KEPT_LARGE = 512, 32
 """Results that are kept, and decomposed matrices; the oldest goes first."""

@@ -13,9 +13,10 @@ from deltaw.data.source import read_rows
 from deltaw.data.template import Example
 from deltaw.errors import BudgetError, DataError
 from deltaw.lab.run_files import Plain
+from deltaw.plan.kept import Kept
 from deltaw.plan.memory import machine_bytes
 from deltaw.train.fitting import encoded_rows, fit, work_of
-from deltaw.train.planning import IMPORTS_BYTES, Kept, Planner, Work
+from deltaw.train.planning import IMPORTS_BYTES, Planner, Work
 from deltaw.train.recipe import Recipe, load_recipe
 
 KEPT, KEPT_ROWS = 64, 2

@@ -33,6 +33,7 @@ class Timeline:
     cause     of each storage, which are numbered as they are allocated: its place in NAMES
     lent      the most bytes that an arena lent at once
     unseen    what an arena kept at its peak beyond the tensors that were alive: a lease may outlive them
+    reads     whether an operation looked into the base's linear maps, or into what was there for no reason known
     parts     (after, at, part): at event `at` an operation first reads this part of the network (`Tracer`); from event
               `after` on, none reads the part before
     """
@@ -42,9 +43,10 @@ class Timeline:
     parts: list[tuple[int, int, int]] = field(default_factory=list)
     lent: int = 0
     unseen: int = 0
+    reads: bool = False
 
     @classmethod
-    def of(cls, events: list[tuple[int, int]], cause: list[str], parts: Any = (), **more: int) -> Timeline:
+    def of(cls, events: list[tuple[int, int]], cause: list[str], parts: Any = (), **more: Any) -> Timeline:
         """The timeline of a list of events, and the causes by name."""
         flat = np.fromiter(chain.from_iterable(events), dtype=np.int64, count=2 * len(events))
         places = np.fromiter(map(_PLACE_OF.__getitem__, cause), dtype=np.int64, count=len(cause))

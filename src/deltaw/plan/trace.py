@@ -40,6 +40,7 @@ class Tracer(TorchDispatchMode):
 
     known   tensors that are there already and are not counted
     wide    the vocabulary: a tensor with this many columns is counted as logits
+    maps    what the base's linear maps hold
     parts   a part's number -> its tensors; the record's `parts` say when operations go from one part to another
 
     What an operation makes is the same for the same shapes: it is worked out once in a process, and what only writes
@@ -47,7 +48,11 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, known: Iterable[Tensor] = (), wide: int | None = None, parts: Mapping[int, Iterable[Tensor]] | None = None
+        self,
+        known: Iterable[Tensor] = (),
+        wide: int | None = None,
+        parts: Mapping[int, Iterable[Tensor]] | None = None,
+        maps: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         self._events: list[tuple[int, int]] = []
@@ -56,6 +61,8 @@ class Tracer(TorchDispatchMode):
         self._wide = wide
         self._ids: dict[int, int] = {t.untyped_storage()._cdata: -1 for t in known}
         self._part_of = {t.untyped_storage()._cdata: n for n, of_one in (parts or {}).items() for t in of_one}
+        self._maps = {t.untyped_storage()._cdata for t in maps}
+        self._reads = False
         self._part: int | None = None
         self._after = 0
         self._arena: Arena | None = None
@@ -95,6 +102,8 @@ class Tracer(TorchDispatchMode):
                     in_part = True
         backward = self._turned()
         _, written, makes = what(func)
+        if not self._reads and (makes or written is not None):
+            self._reads = any(self._looked_into(t) for t in on_meta)
         if not on_meta:
             out = func(*args, **kwargs)
         elif written is not None:
@@ -128,6 +137,10 @@ class Tracer(TorchDispatchMode):
             same = all(a == b for a, b, n in zip(to.stride(), value.stride(), to.shape, strict=True) if n > 1)
             storage = (number, value) if same else (-2 - at, to)
             self._first.setdefault(at, (storage[0], storage[1].untyped_storage().nbytes()))
+
+    def _looked_into(self, t: Tensor) -> bool:
+        key = t.untyped_storage()._cdata
+        return key in self._maps or (key not in self._ids and t.numel() > 0)
 
     def _number(self, value: Any) -> int:
         """Of a tensor's storage; -1 where it is not counted."""
@@ -228,7 +241,7 @@ class Tracer(TorchDispatchMode):
         for to, number in self._added:
             if to >= 0 <= number and self._cause[to] == "gradients" and self._cause[number] == "workspace":
                 self._cause[number] = ADDED + "workspace"
-        line = Timeline.of(self._events, self._cause, self._parts, lent=self._lent)
+        line = Timeline.of(self._events, self._cause, self._parts, lent=self._lent, reads=self._reads)
         line.unseen = max(0, self._kept - line.kept())
         there = {storage: at for at, (storage, _) in sorted(self._first.items(), reverse=True) if storage != -1}
         return line.begun(self._held, {at: self._first[at][1] for at in there.values()}).settled()
@@ -243,6 +256,7 @@ def traced(
     arena: Arena | None = None,
     whole: bool = False,
     twice: bool = False,
+    maps: Iterable[Tensor] = (),
 ) -> Timeline:
     """The timeline of `work`, which computes with `known` tensors and adds to the gradients of `parameters`.
 
@@ -250,7 +264,7 @@ def traced(
     whole  run every round of every loop. Else rounds that do the same (ops/rounds.py) are run a few times
     twice  it is done twice. The second time takes what the first took, and the gradients beside: it alone is run
     """
-    tracer = Tracer(known, wide, parts)
+    tracer = Tracer(known, wide, parts, maps)
     of_parts = [(p, part) for p in parameters if (part := tracer.part_of(p)) is not None]
     hooks = [p.register_post_accumulate_grad_hook(partial(_entered, tracer, part)) for p, part in of_parts]
     arena = Arena() if arena is None else arena

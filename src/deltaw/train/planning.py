@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from deltaw.model.kinds import wants_labels
 from deltaw.model.limits import max_positions, positions_of
 from deltaw.model.model import Model
 from deltaw.model.quantised import Format, saved_format
+from deltaw.plan.kept import Kept, Key, Planned
 from deltaw.plan.memory import resident_bytes
 from deltaw.plan.network import Base, find_config, planned_base, planned_model, with_adapter
-from deltaw.plan.plan import Counts, Plan, count
+from deltaw.plan.plan import Plan, count
 from deltaw.plan.repeat import Unlike, repeated
 from deltaw.plan.rules import rules_of_thumb
 from deltaw.plan.short import Short, deepen, is_alike, shortened
@@ -48,11 +48,6 @@ KERNEL_BYTES = 18_000_000
 """What a run's first steps take beside tensors: the libraries' code that is used for the first time, oneDNN's compiled
 kernels, Python's objects. Measured: 9 to 30 MB (docs/planner.md)."""
 
-_ADAPTED = 2
-"""Networks of one base that are kept with an adapter; the next adapter takes over the oldest."""
-
-_T = TypeVar("_T")
-Key = tuple[Any, ...]
 Documents = Sequence[tuple[int, int]]
 """(tokens, target tokens) of each document of one optimizer step."""
 
@@ -81,44 +76,6 @@ class Work:
             )
         targets = min(length - 1, max(1, round(learned * length)))
         return cls([(length, targets)] * batch)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A model on the meta device, and what it takes; `short`: how it stands for a deeper one, None: it does not."""
-
-    model: Model
-    counts: Counts
-    short: Short | None = None
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the network is no longer the base."""
-        return any(made.spec.trains_base for made in self.model.adapters.values())
-
-    @cached_property
-    def known(self) -> dict[str, Tensor]:
-        """The tensors that are there before a step, by name."""
-        net = self.model.net
-        return {**dict(net.named_parameters()), **dict(net.named_buffers()), **self.model.trainable()}
-
-
-class Kept:
-    """What planners have made, for one thread at a time: a few models without memory, and the bytes of many traces."""
-
-    def __init__(self, models: int = 12, traces: int = 1024) -> None:
-        self.models: OrderedDict[Key, _Planned] = OrderedDict()
-        self.traces: OrderedDict[Key, dict[str, int]] = OrderedDict()
-        self.optimizers: OrderedDict[Key, int] = OrderedDict()
-        self._most = {id(self.models): models, id(self.traces): traces, id(self.optimizers): traces}
-
-    def keep(self, where: OrderedDict[Key, _T], key: Key, value: _T) -> _T:
-        """`value`, from now on under `key` in one of the three; the oldest goes where there are too many."""
-        where[key] = value
-        where.move_to_end(key)
-        if len(where) > self._most[id(where)]:
-            where.popitem(last=False)
-        return value
 
 
 class Planner:
@@ -190,14 +147,14 @@ class Planner:
     def _key(self, base: Base, recipe: Recipe) -> Key:
         return base, recipe.adapter.model_dump_json(), self._whole
 
-    def _optimizer(self, base: Base, planned: _Planned, recipe: Recipe) -> int:
+    def _optimizer(self, base: Base, planned: Planned, recipe: Recipe) -> int:
         train = recipe.train
         key = *self._key(base, recipe), train.optimizer.model_dump_json(), train.threads
         if (found := self._kept.optimizers.get(key)) is not None:
             return found
         return self._kept.keep(self._kept.optimizers, key, self._states(planned, train))
 
-    def _states(self, planned: _Planned, train: TrainSpec) -> int:
+    def _states(self, planned: Planned, train: TrainSpec) -> int:
         parameters, sites, short = planned.model.trainable(), planned.model.places.sites, planned.short
         if short is None:
             return optimizer_bytes(parameters, train, sites.values())
@@ -207,7 +164,7 @@ class Planner:
         inner = {n: t for n, t in parameters.items() if short.times(n) > 1}
         return found + (short.more * optimizer_bytes(inner, train) if inner else 0)
 
-    def _made(self, base: Base, recipe: Recipe) -> _Planned:
+    def _made(self, base: Base, recipe: Recipe) -> Planned:
         if (found := self._kept.models.get(self._key(base, recipe))) is not None:
             self._kept.models.move_to_end(self._key(base, recipe))
             return found
@@ -220,23 +177,23 @@ class Planner:
         model = with_adapter(bare, base, recipe.adapter)
         model.run.blocks = short.blocks
         counts = count(model.net, model.trainable(), *held_and_stored(model, short.times), short.times)
-        return self._kept.keep(self._kept.models, self._key(base, recipe), _Planned(model, counts, short))
+        return self._kept.keep(self._kept.models, self._key(base, recipe), Planned(model, counts, short))
 
     def _bare(self, base: Base, short: Short) -> Model:
-        """The short network without an adapter: one that another adapter has left, where there are some."""
-        made = [key for key, planned in self._kept.models.items() if key[0] == base and planned.short == short]
-        free = [key for key in made if not self._kept.models[key].trains_base]
-        if len(free) < _ADAPTED:
-            model = planned_base(replace(base, config=_Hashed(short.config)))
-            deepen(model, short)
+        """The short network without an adapter: the one that another adapter leaves, where there is one."""
+        made = self._kept.models
+        free = (k for k, p in made.items() if k[0] == base and p.short == short and not p.trains_base)
+        if (key := next(free, None)) is not None:
+            model = made.pop(key).model
+            model.detach()
             return model
-        model = self._kept.models.pop(free[0]).model
-        model.detach()
+        model = planned_base(replace(base, config=_Hashed(short.config)))
+        deepen(model, short)
         return model
 
-    def _make_whole(self, base: Base, recipe: Recipe) -> _Planned:
+    def _make_whole(self, base: Base, recipe: Recipe) -> Planned:
         model = planned_model(base, recipe.adapter)
-        made = _Planned(model, count(model.net, model.trainable(), *held_and_stored(model)))
+        made = Planned(model, count(model.net, model.trainable(), *held_and_stored(model)))
         return self._kept.keep(self._kept.models, self._key(base, recipe), made)
 
     def _check_length(self, model: Model) -> None:
@@ -286,12 +243,19 @@ class Planner:
         self, what: Key, base: Base, recipe: Recipe, work: Callable[[Model], None], twice: bool = False
     ) -> dict[str, int]:
         key = *self._key(base, recipe), *what
-        if (known := self._kept.traces.get(key)) is not None:
+        of_any = *self._key(replace(base, format="any", block=0, double_quant=False), recipe), *what
+        traces = self._kept.traces
+        if (known := traces.get(key)) is not None:
+            return known
+        if (known := traces.get(of_any)) is not None and self._made(base, recipe).of_any_format:
             return known
         timeline = self._timeline(base, recipe, work, twice)
         found = timeline.peak()
         beside = max(0, timeline.arena() + timeline.held() - sum(found.values())) + KERNEL_BYTES
-        return self._kept.keep(self._kept.traces, key, found | {"allocator": beside})
+        found["allocator"] = beside
+        if base.format == "dense" and not timeline.reads:
+            self._kept.keep(traces, of_any, found)
+        return self._kept.keep(traces, key, found)
 
     def _timeline(self, base: Base, recipe: Recipe, work: Callable[[Model], None], twice: bool) -> Timeline:
         """What `traced` says: of the short network, repeated, or of the deep one where that cannot be."""
@@ -310,6 +274,7 @@ class Planner:
                 model.arena,
                 self._whole,
                 twice,
+                planned.of_maps,
             )
         finally:
             for tensor in parameters:
@@ -318,13 +283,13 @@ class Planner:
             return line
         try:
             whole = repeated(line, short.units, short.low)
-            whole.lent, whole.unseen = line.lent, line.unseen  # as much in every unit
+            whole.lent, whole.unseen, whole.reads = line.lent, line.unseen, line.reads  # as much in every unit
             return whole
         except Unlike:
             self._make_whole(base, recipe)
             return self._timeline(base, recipe, work, twice)
 
-    def _while_loading(self, base: Base, planned: _Planned) -> dict[str, int]:
+    def _while_loading(self, base: Base, planned: Planned) -> dict[str, int]:
         """Pages of the checkpoint's files. Weights in the file's dtype stay in the file's pages."""
         if base.folder is None:
             return {}
