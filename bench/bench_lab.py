@@ -3,7 +3,7 @@
 The naive answer it must beat: 100 ms, what a hand on a slider takes for at once. What would change our mind: a control
 whose slowest new position takes longer on a quiet machine.
 
-    .venv/bin/python bench/bench_lab.py [--positions 12] [--seed 0] [--only 11] [--dry]
+    .venv/bin/python bench/bench_lab.py [--positions 12] [--seed 0] [--only 9,11,form] [--dry]
 
 `deltaw lab` is started on the starter base, as a process of its own with empty folders. Each picture is opened, then
 each of its controls is moved to random positions that were not asked for before, the others being where they were
@@ -149,11 +149,11 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "+")
 
 
-def pictures(client: Client, positions: int, rng: random.Random, only: str) -> Times:
+def pictures(client: Client, positions: int, rng: random.Random, only: list[str]) -> Times:
     """Milliseconds by "picture, control" and, where there is one, the model."""
     found: Times = {}
     for frame in client.ask("/api/pictures")[2]["pictures"]:
-        if only and only != str(frame["number"]):
+        if only and str(frame["number"]) not in only:
             continue
         walk = Walk(client, frame, rng)
         has_model = "model" in walk.controls
@@ -233,13 +233,14 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--pause", type=float, default=0.02, help="seconds between two requests")
     p.add_argument("--warm", type=float, default=0.0, help="seconds between the lab's opening and the first request")
-    p.add_argument("--only", default="", help="a picture's number, or form")
+    p.add_argument("--only", default="", help="numbers of pictures, or form, with commas between; all")
     p.add_argument("--dry", action="store_true", help="print only, keep no row")
     args = p.parse_args()
     rng = random.Random(args.seed)
     with opened(args.pause, args.warm) as client:
-        times = {} if args.only == "form" else pictures(client, args.positions, rng, args.only)
-        times |= forms(client, args.rounds, rng) if args.only in ("", "form") else {}
+        only = args.only.split(",") if args.only else []
+        times = pictures(client, args.positions, rng, only)
+        times |= forms(client, args.rounds, rng) if not only or "form" in only else {}
     found = {
         name: {"positions": len(t), "median": round(statistics.median(t), 1), "slowest": round(max(t), 1)}
         for name, t in times.items()

@@ -166,6 +166,21 @@ def test_lab_browser_an_address_restores_its_state(page: Page, starter: Bench, a
         assert (box.is_checked() if value is True else box.input_value()) == (True if value is True else str(value))
 
 
+def test_lab_browser_a_far_step_is_shown_as_it_is_trained(page: Page, starter: Bench):
+    seen: list[tuple[int, str, str]] = []
+
+    def look(route: Any) -> None:
+        told = page.page.inner_text("#drawing [role=status]")
+        seen.append((route.request.post_data_json["step"], page.numbers()["step"], told))
+        route.continue_()
+
+    page.page.route("**/api/pictures/9", look)
+    page.open("9?step=3&rank=2")
+    assert seen == [(n, str(n - 1), f"step {n - 1}; training goes on to step 3") for n in (1, 2, 3)]
+    assert page.page.inner_text("#drawing [role=status]") == ""
+    assert page.numbers() == texts(starter.act(9, step=3, rank=2))
+
+
 def test_lab_browser_step_trains_and_the_lesson_answers(page: Page, starter: Bench):
     page.open("9")
     assert page.numbers()["norm"] == "0 (exactly)"

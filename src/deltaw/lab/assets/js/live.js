@@ -16,6 +16,7 @@ export function draw9(data, change) {
   };
   return [
     make("div", { class: "row" }, go("Step", data.step + 1), go("Five steps", Math.min(data.steps, data.step + 5)), go("Back to 0", 0)),
+    make("p", { role: "status" }, data.wanted ? `step ${data.step}; training goes on to step ${data.wanted}` : ""),
     chart("Norm of B A in each layer after each step; zero is the ground of the scale", {
       height: 280, marginLeft: 56, x: { type: "band", label: "step", domain: d3.range(data.steps + 1), ticks: d3.range(0, data.steps + 1, 5) }, y: { type: "band", label: "layer", labelAnchor: "top", reverse: true, domain: d3.range(data.norms[0].length), ticks: d3.range(0, data.norms[0].length, 5) },
       color: { type: "linear", domain: [0, most], interpolate: d3.interpolateViridis },

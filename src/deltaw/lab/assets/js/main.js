@@ -72,18 +72,33 @@ function redraw() {
   if (focused >= 0) $("drawing").querySelectorAll("button")[focused]?.focus();
 }
 
+// One answer; of picture 9 what is there, and then each step as it is made, up to the one that is asked for.
+async function* answers(act, signal) {
+  const trains = frame.number === 9 && act;
+  let found = await data.picture(frame, state, { act: act && !trains, signal });
+  while (trains && found.data.step < state.step) {
+    found.data.wanted = state.step;
+    yield found;
+    found = await data.picture(frame, { ...state, step: found.data.done + 1 }, { act: true, signal });
+  }
+  yield found;
+}
+
 async function show(act) {
   asked?.abort();
   const mine = (asked = new AbortController());
   const late = setTimeout(() => $("drawing").classList.add("waiting"), 150);
   document.body.setAttribute("aria-busy", "true");
   try {
-    const found = await data.picture(frame, state, { act, signal: mine.signal });
-    if (asked !== mine) return;
-    last = found;
-    $("problem").hidden = true;
-    numbers(found.numbers);
-    redraw();
+    for await (const found of answers(act, mine.signal)) {
+      if (asked !== mine) return;
+      clearTimeout(late);
+      $("drawing").classList.remove("waiting");
+      last = found;
+      $("problem").hidden = true;
+      numbers(found.numbers);
+      redraw();
+    }
   } catch (problem) {
     if (problem.name === "AbortError" || asked !== mine) return;
     $("problem").textContent = problem.message;
