@@ -75,7 +75,7 @@ def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
     """What is worth having before it is asked for, the likeliest first."""
     yield lab.inputs
     yield from (partial(dynamic_map, signed) for signed in (True, False))  # of plans with optimizer states in 8 bits
-    yield partial(_shown, lab, pictures[9])
+    yield from (partial(_shown, lab, pictures[number]) for number in (9, 6))
     for key in SHOWN:
         yield partial(keep_counted, lab, key)
     for name in lab.sizes:
