@@ -62,7 +62,7 @@ app.add_typer(keys.app, name="keys")
 
 @app.callback()
 def _settings() -> None:
-    """Environment variables are read here and nowhere else."""
+    """Environment variables are read here and nowhere else, but for those of OpenMP (`deltaw.cli`)."""
     if folder := os.environ.get("DELTAW_CACHE"):
         set_cache_dir(Path(folder))
     set_registry(os.environ.get("DELTAW_REGISTRY"), os.environ.get("DELTAW_INDEX"))
