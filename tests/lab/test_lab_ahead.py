@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from lab_bench import Bench
 
 from deltaw.errors import TargetError
+from deltaw.lab import ahead
 from deltaw.lab.ahead import QUIET_S, Ahead, jobs_of
 from deltaw.lab.base import Lab
+from deltaw.lab.controls import read
 
 
 def live(ahead: Ahead, inside: Callable[[], object]) -> None:
@@ -65,3 +67,18 @@ def test_lab_ahead_what_was_made_is_what_a_picture_says(tiny: Bench, tiny_folder
     assert len(kept) == 7
     assert other.lab.planned.traces
     assert other(12, dora=True, bitfit=True) == tiny(12, dora=True, bitfit=True)
+
+
+def test_lab_ahead_the_matrix_of_picture_6_is_decomposed_in_every_block_unless_it_is_large(tiny_folder, monkeypatch):
+    other = Bench(Lab(str(tiny_folder)))
+    jobs = ahead._decompositions(other.lab, other.pictures[6])
+    shown = read(other.pictures[6].controls, {})
+    first = next(jobs)
+    assert first.args[0] == shown.layer
+    for job in (first, *jobs):
+        job()
+    target = shown.target
+    made = {key[1:] for key in other.lab._large if key[0] == "decomposed"}
+    assert made == {(layer, target) for layer in range(other.lab.layers)}
+    monkeypatch.setattr(ahead, "LARGEST", 1)
+    assert list(ahead._decompositions(other.lab, other.pictures[6])) == []

@@ -16,7 +16,7 @@ from typing import Any
 
 from deltaw.errors import DeltawError
 from deltaw.lab import counts
-from deltaw.lab.base import Lab
+from deltaw.lab.base import KEPT_LARGE, Lab
 from deltaw.lab.blocks import SHOWN, keep_counted
 from deltaw.lab.controls import read
 from deltaw.lab.lowrank import noise_values
@@ -28,6 +28,8 @@ from deltaw.train.optim.dynamic import dynamic_map
 
 QUIET_S = 0.25
 """How long nobody has asked before a job begins."""
+LARGEST = 1 << 20
+"""Values of a matrix that is decomposed ahead: a tenth of a second, a few megabytes."""
 Job = Callable[[], object]
 
 
@@ -84,11 +86,22 @@ def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
             yield partial(_planned, lab, read(pictures[11].controls, {"model": name}), method)
     for shape in sorted({(s.out_features, s.in_features) for s in lab.linear.values()}):
         yield partial(noise_values, lab, *shape)
+    yield from _decompositions(lab, pictures[6])
 
 
 def _shown(lab: Lab, picture: Picture) -> None:
     with lab.lock:
         picture.compute(lab, read(picture.controls, {}))
+
+
+def _decompositions(lab: Lab, picture: Picture) -> Iterator[Job]:
+    """Of the map that picture 6 opens with, in the blocks beside that one, the nearest first."""
+    shown: Any = read(picture.controls, {})
+    beside = sorted(range(lab.layers), key=lambda layer: abs(layer - shown.layer))
+    for layer in beside[: KEPT_LARGE - 2]:  # places are left for another map
+        site = lab.linear.get((layer, shown.target))
+        if site is not None and site.out_features * site.in_features <= LARGEST:
+            yield partial(lab.decomposed, layer, shown.target)
 
 
 def _planned(lab: Lab, controls: Any, method: str) -> None:
