@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 
 import oracle
 import pytest
@@ -281,3 +283,21 @@ def test_an_input_of_another_size_is_refused():
     for call, size in ((weight.mul, SHAPE[0]), (weight.mul_t, SHAPE[1])):
         with pytest.raises(ShapeError, match=rf"a matrix of \[67, 129\] needs a last size of .*{size}"):
             call(noise(2, size))
+
+
+@pytest.mark.parametrize(("name", "block", "double"), FEW)
+def test_copies_and_moves_take_their_own_memory(name, block, double):
+    """The kernels' pointers are kept between products: they must follow what a copy, a move or a change does."""
+    weight, x = make(name, block, double), noise(2, SHAPE[1])
+    wanted = weight.mul(x)  # the pointers are there
+    copies = [copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))]
+    moved = copy.deepcopy(weight).share_memory()  # in place
+    weight.codes.zero_()
+    for other in (*copies, moved):
+        assert torch.equal(other.mul(x), wanted)
+    zeroed = weight.mul(x)
+    assert not torch.equal(zeroed, wanted)
+    weight.codes = copies[0].codes
+    assert torch.equal(weight.mul(x), wanted)
+    weight.codes.data = torch.zeros_like(weight.codes)
+    assert torch.equal(weight.mul(x), zeroed)

@@ -60,6 +60,7 @@ class BlockwiseWeight(nn.Module):
         self.block = blocks.block
         self.dtype = dtype
         self._squares: Tensor | None = None
+        self._blocks: Blocks | None = None
         for key, value in (
             ("codes", blocks.codes),
             ("absmax", blocks.scales.absmax),
@@ -121,10 +122,14 @@ class BlockwiseWeight(nn.Module):
 
     @property
     def blocks(self) -> Blocks:
-        """The matrix as `ops.blockwise` takes it."""
-        table = _DYNAMIC if self.double_quant else None
-        scales = Scales(self.absmax, self.nested, table, self.offset)
-        return Blocks(self.codes, scales, self.levels, self.block, (self.out_features, self.in_features))
+        """The matrix as `ops.blockwise` takes it: the same one until the codes or their scales are other tensors."""
+        codes, absmax, known = self.codes, self.absmax, self._blocks
+        if known is None or known.codes is not codes or known.scales.absmax is not absmax:
+            table = _DYNAMIC if self.double_quant else None
+            scales = Scales(absmax, self.nested, table, self.offset)
+            known = Blocks(codes, scales, self.levels, self.block, (self.out_features, self.in_features))
+            self._blocks = known
+        return known
 
     def mul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias: [..., in] -> [..., out]; W as dequantised to x's dtype."""
@@ -159,7 +164,7 @@ class BlockwiseWeight(nn.Module):
         return self._squares
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # every .to() passes here
-        self._squares = None
+        self._squares = self._blocks = None
         super()._apply(fn, recurse)
         return self
 

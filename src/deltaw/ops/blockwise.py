@@ -8,8 +8,9 @@ are bitsandbytes': the first value of a pair sits in the high nibble, an odd cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,9 @@ class Blocks:
     levels: Levels
     block: int
     shape: tuple[int, int]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # without `packed`'s pointers: a copy has its own
 
 
 def dynamic_table() -> Tensor:
@@ -292,12 +296,13 @@ def _product(x: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
         return mul_reference(x, blocks, bias)
     out, cols = blocks.shape
     n = x.numel() // cols
+    if n <= _FEW_ROWS:
+        y = x.new_empty((*x.shape[:-1], out))
+        if not x.is_meta:
+            calls.product(x.contiguous(), packed(blocks), None if bias is None else bias.contiguous(), y)
+        return y
     flat = x.reshape(n, cols).contiguous()
     y = x.new_empty((n, out))
-    if n <= _FEW_ROWS:
-        if not x.is_meta:
-            calls.product(flat, packed(blocks), None if bias is None else bias.contiguous(), y)
-        return y.view(*x.shape[:-1], out)
     if _is_wide(flat):
         _fill_wide(y, flat, blocks, bias)
         return y.view(*x.shape[:-1], out)
@@ -360,11 +365,20 @@ def _fill(out: Tensor, blocks: Blocks, rows: tuple[int, int], cols: tuple[int, i
 
 
 def packed(blocks: Blocks) -> calls.Packed:
-    """What the compiled kernels read of a matrix; valid while `blocks` lives. Raises ShapeError."""
+    """What the compiled kernels read of a matrix; valid while `blocks` lives. Raises ShapeError.
+
+    Made once, and again where the memory of codes and scales is another.
+    """
     s = blocks.scales
+    at = blocks.codes.data_ptr(), s.absmax.data_ptr()
+    known: tuple[tuple[int, int], calls.Packed] | None = blocks.__dict__.get("_packed")
+    if known is not None and known[0] == at:
+        return known[1]
     parts = (s.absmax,) if s.nested is None else (s.absmax, s.nested, s.table, s.offset)
     scales = [t for t in parts if t is not None]
-    return calls.pack(blocks.codes, blocks.levels.table, blocks.levels.bits, blocks.block, blocks.shape, scales)
+    made = calls.pack(blocks.codes, blocks.levels.table, blocks.levels.bits, blocks.block, blocks.shape, scales)
+    blocks.__dict__["_packed"] = at, made
+    return made
 
 
 def _runs_native(tensor: Tensor) -> bool:

@@ -148,15 +148,12 @@ def dequantise(m: Packed, out: Tensor, rows: tuple[int, int], cols: tuple[int, i
 
 
 def product(x: Tensor, m: Packed, bias: Tensor | None, y: Tensor) -> None:
-    """Fill `y` [n, rows] with x [n, cols] W^T + bias: for few rows of x, which are read again for every row of W."""
-    n = x.shape[0]
-    task = _Product(
-        m=m, n=n, x_stride=m.cols, y_stride=m.rows, dtype=DTYPES[x.dtype], out_dtype=DTYPES[y.dtype],
-        x=checked("x", x, x.dtype, n * m.cols),
-        bias=None if bias is None else checked("bias", bias, x.dtype, m.rows),
-        y=checked("y", y, x.dtype, n * m.rows),
-    )  # fmt: skip
-    _call("deltaw_product", task)
+    """Fill `y` [..., rows] with x [..., cols] W^T + bias: for few rows of x, read again for every row of W."""
+    n = y.numel() // m.rows
+    at = checked("x", x, x.dtype, n * m.cols)
+    of_bias = None if bias is None else checked("bias", bias, x.dtype, m.rows)
+    to = checked("y", y, x.dtype, n * m.rows)
+    _call("deltaw_product", _Product(m, at, of_bias, to, n, m.cols, m.rows, DTYPES[x.dtype], DTYPES[y.dtype]))
 
 
 def reads_pairs() -> bool:

@@ -214,22 +214,26 @@ inline void make_pairs(const Matrix& m, F table, int64_t row, int64_t k, int64_t
     }
 }
 
-// R rows of W from `row` on times all N rows of x: the weights stay in registers
+// How far ahead of what is multiplied codes are fetched: one row of W is one stream, which the second cache holds
+inline int64_t ahead_of(int64_t R, int64_t row_bytes) { return R == 1 ? 2 * AHEAD : up(2 * AHEAD, R * row_bytes); }
+
+// R rows of W from `row` on times all N rows of x: the weights stay in registers. The lanes of each sum are left apart.
 template <int R, int N>
 INLINE void corner_of_codes(const Matrix& m, F table, const uint16_t* x, int64_t row, int64_t last, int64_t n_blocks,
-                            float* room, float* y, int64_t y_stride) {
+                            float* room, F (&total)[N][R]) {
+    constexpr int CHAINS = R * N == 1 ? 4 : R * N <= 4 ? 2 : 1;  // a sum waits for itself: several, added at the end
+    constexpr int TWICE = CHAINS == 4 ? 2 : 1;
     const int64_t start = row * m.cols, row_bytes = m.cols / 2;
     const float* scales = scales_by_64(m, start, R * m.cols, n_blocks, room);
     const uint8_t* codes = m.codes + start / 2;
-    const int64_t ahead = up(2 * AHEAD, R * row_bytes);  // whole groups of rows
+    const int64_t ahead = ahead_of(R, row_bytes);
     const int64_t to_fetch = (last - row) * row_bytes - ahead;  // what lies behind is another thread's to read
     fetch_scales(m, start >> m.block_log2, 2 * ahead, least(R * m.cols, 2 * to_fetch));
-    F sum[N][R], more[N][R];
-    for (int i = 0; i < N; ++i)
-        for (int r = 0; r < R; ++r) sum[i][r] = more[i][r] = V::set1(0);
-    for (int64_t k = 0; k < m.cols; k += 64) {
-        if (k / 2 * R < to_fetch)
-            for (int64_t i = 0; i < R * 32; i += 64) V::prefetch(codes + ahead + k / 2 * R + i);
+    F sum[CHAINS][N][R];
+    for (int c = 0; c < CHAINS; ++c)
+        for (int i = 0; i < N; ++i)
+            for (int r = 0; r < R; ++r) sum[c][i][r] = V::set1(0);
+    const auto add = [&](int64_t k, int c) __attribute__((always_inline)) {  // columns [k, k + 64)
         V::H even[N], odd[N];
         for (int i = 0; i < N; ++i) {
             even[i] = V::load_half(x + i * m.cols + k);
@@ -239,32 +243,56 @@ INLINE void corner_of_codes(const Matrix& m, F table, const uint16_t* x, int64_t
             V::H high, low;
             V::look_up64(V::levels(table, scales[(r * m.cols + k) / 64]), codes + r * row_bytes + k / 2, high, low);
             for (int i = 0; i < N; ++i) {
-                sum[i][r] = V::dot_half(high, even[i], sum[i][r]);
-                F& other = N == 1 ? more[i][r] : sum[i][r];  // one sum would wait for itself
+                F &one = sum[c][i][r], &other = sum[(c + 1) % CHAINS][i][r];
+                one = V::dot_half(high, even[i], one);
                 other = V::dot_half(low, odd[i], other);
             }
         }
+    };
+    int64_t k = 0;
+    for (; k + 64 * TWICE <= m.cols; k += 64 * TWICE) {
+        if (k / 2 * R < to_fetch)
+            for (int64_t i = 0; i < R * TWICE * 32; i += 64) V::prefetch_second(codes + ahead + k / 2 * R + i);
+        add(k, 0);
+        if (TWICE == 2) add(k + 64, 2 % CHAINS);
     }
-    if (N == 1)
-        for (int r = 0; r < R; ++r) sum[0][r] = V::add(sum[0][r], more[0][r]);
-    put_sums<R, N>(sum, y, y_stride);
+    if (k < m.cols) add(k, 0);
+    for (int i = 0; i < N; ++i)
+        for (int r = 0; r < R; ++r) {
+            total[i][r] = sum[0][i][r];
+            for (int c = 1; c < CHAINS; ++c) total[i][r] = V::add(total[i][r], sum[c][i][r]);
+        }
 }
 
 template <int N>
 inline void from_codes(const Product& p, const uint16_t* x, int64_t first, int64_t last) {
-    constexpr int R = 4;
+    constexpr int R = N == 1 ? 1 : 4;  // with one row of x memory is waited for, and likes one stream
     constexpr int64_t PIECE = 64;
     const int64_t n_blocks = ((p.m.rows * p.m.cols - 1) >> p.m.block_log2) + 1;
     const F table = V::load(p.m.table);
     float y[N * PIECE + W], room[ROOM];
-    const int64_t start = first * p.m.cols, fetched = least(last * p.m.cols - start, 2 * up(2 * AHEAD, R * p.m.cols / 2));
+    const int64_t start = first * p.m.cols, fetched = least(last * p.m.cols - start, 2 * ahead_of(R, p.m.cols / 2));
     fetch_scales(p.m, start >> p.m.block_log2, 0, fetched);
     for (int64_t i = 0; i < fetched / 2; i += 64) V::prefetch(p.m.codes + start / 2 + i);
     for (int64_t r = first; r < last; r += PIECE) {
         const int64_t n = least(PIECE, last - r);
         int64_t i = 0;
-        for (; i + R <= n; i += R) corner_of_codes<R, N>(p.m, table, x, r + i, last, n_blocks, room, y + i, PIECE);
-        for (; i < n; ++i) corner_of_codes<1, N>(p.m, table, x, r + i, last, n_blocks, room, y + i, PIECE);
+        for (F part[1][W]; N == 1 && i + W <= n; i += W) {  // one by one, their lanes added together
+            for (int k = 0; k < W; ++k) {
+                F one[1][1];
+                corner_of_codes<1, 1>(p.m, table, x, r + i + k, last, n_blocks, room, one);
+                part[0][k] = one[0][0];
+            }
+            put_sums<W, 1>(part, y + i, PIECE);
+        }
+        for (F four[N][R]; i + R <= n; i += R) {
+            corner_of_codes<R, N>(p.m, table, x, r + i, last, n_blocks, room, four);
+            put_sums<R, N>(four, y + i, PIECE);
+        }
+        for (F one[N][1]; i < n; ++i) {
+            corner_of_codes<1, N>(p.m, table, x, r + i, last, n_blocks, room, one);
+            put_sums<1, N>(one, y + i, PIECE);
+        }
         for (int k = 0; k < N; ++k) put_row(p, k, r, n, y + k * PIECE);
     }
 }
