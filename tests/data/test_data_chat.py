@@ -6,6 +6,7 @@ import pytest
 from made_tokenizers import CHATML, held_bytes, make_bpe
 
 from deltaw.data import DataSpec, Row, encode, encode_all, marked, prompt_ids
+from deltaw.data.source import read_rows
 from deltaw.errors import DataError
 
 PLAIN, CHAT = DataSpec(), DataSpec(template="chat")
@@ -218,3 +219,36 @@ def test_a_chat_that_begins_with_the_assistant_needs_marks(bpe):
 
 def test_prompt_and_completion_as_a_chat_need_a_template(words):
     assert "needs a chat template" in refusal(encode, Row(prompt="Q:", completion="yes"), words, CHAT)
+
+
+TOOLS = [{"type": "function", "function": {"name": "lookup"}}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "lookup"}}]}
+SAID = "{{ m.content }}{% for c in m.tool_calls or [] %}call {{ c.function.name }}{% endfor %}<|im_end|>"
+WITH_TOOLS = (
+    "{% for tool in tools %}<|im_start|>{{ tool.function.name }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}[" + SAID + "]{% else %}" + SAID + "{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_the_tools_of_a_row_are_written_and_its_calls_learned(marks):
+    tokenizer = with_template(WITH_TOOLS.replace("[{{", marks[0] + "{{").replace("end|>]", "end|>" + marks[1]))
+    turns = [{"role": "user", "content": "yes"}, CALL, {"role": "tool", "content": "no"}]
+    row = read_rows([{"messages": [*turns, {"role": "assistant", "content": "no"}], "tools": TOOLS}])[0]
+    front = "<|im_start|>lookup<|im_end|>\n<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\n"
+    assert marked(encode(row, tokenizer, PLAIN), tokenizer) == [
+        (front, False),
+        ("call lookup<|im_end|>", True),
+        ("\n<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n", False),
+        ("no<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert prompt_ids(row, tokenizer, PLAIN) == tokenizer(front)["input_ids"]
+
+
+def test_tools_that_the_template_does_not_write_are_refused(bpe):
+    row = Row(messages=chat("Address?", "no").messages, tools=TOOLS, source="chat.jsonl", line=7)
+    said = refusal(encode, row, bpe, PLAIN)
+    assert said.startswith("chat.jsonl line 7: the row has tools, and the chat template does not write them.")

@@ -233,3 +233,14 @@ def test_choices_of_a_row_are_kept_and_count_as_data():
     assert kept.choices == ("a", "b")
     assert data_hash([kept]) != data_hash(read_rows([{**row, "choices": ["a", "c"]}]))
     assert read_rows([{**row, "choices": {"text": ["a"]}}])[0].choices is None
+
+
+def test_tools_of_a_chat_are_kept_and_count_as_data():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    kept = read_rows([{"messages": turns, "tools": given} for given in (tools, json.dumps(tools), [], "", None)])
+    assert [row.tools for row in kept] == [tools, tools, None, None, None]
+    assert data_hash(kept[:1]) != data_hash(kept[2:3])
+    assert read_rows([{"text": "a", "tools": "of another tool"}])[0].tools is None
+    for wrong, said in (("f", "field 'tools': bad JSON"), (["f"], "field 'tools' must be a list of objects")):
+        assert said in refusal([{"messages": turns, "tools": wrong}])

@@ -13,26 +13,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BROKEN_TEMPLATE = (TemplateError, TypeError, ValueError)
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, open_turn: bool = False) -> str:
+def render(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    tools: Tools = None,
+    open_turn: bool = False,
+) -> str:
     """The chat as the tokenizer's template writes it.
 
+    tools       the functions that the chat may call
     open_turn   end with the words that open the assistant's turn (the generation prompt)
 
-    Raises DataError, which names `where`, if there is no template or it refuses the messages.
+    Raises DataError, which names `where`, if there is no template, it writes no tools, or it refuses the messages.
     """
-    _template(tokenizer, where)
+    _template(tokenizer, where, tools)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
+        return str(
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=open_turn)
+        )
     except _BROKEN_TEMPLATE as error:
         raise _refused(messages, where, error) from error
 
 
-def assistant_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
+def assistant_spans(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, tools: Tools = None
+) -> tuple[str, list[Span]]:
     """The rendered chat, and the characters [start, end) of each turn of the assistant in it, in order.
 
     A span ends with the text that closes the turn ("<|im_end|>"), without whitespace after it. Where the
@@ -41,12 +54,12 @@ def assistant_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase,
     Raises DataError, which names `where`, if there is no template, it refuses the messages, it writes nothing
     for the assistant's turns, or it has no marks and writes a turn in another way when more turns follow.
     """
-    if _MARKED.search(_template(tokenizer, where)):
-        text, spans = _marked_spans(messages, tokenizer, where)
+    if _MARKED.search(_template(tokenizer, where, tools)):
+        text, spans = _marked_spans(messages, tokenizer, where, tools)
     else:
-        text = render(messages, tokenizer, where)
+        text = render(messages, tokenizer, where, tools=tools)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [_turn_span(text, messages, i, tokenizer, where) for i in turns]
+        spans = [_turn_span(text, messages, i, tokenizer, where, tools) for i in turns]
     spans = [(start, end) for start, end in spans if end > start]
     if not spans and any(message["role"] == "assistant" for message in messages):
         raise DataError(
@@ -56,10 +69,12 @@ def assistant_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase,
     return text, spans
 
 
-def _turn_span(text: str, messages: list[Message], turn: int, tokenizer: PreTrainedTokenizerBase, where: str) -> Span:
+def _turn_span(
+    text: str, messages: list[Message], turn: int, tokenizer: PreTrainedTokenizerBase, where: str, tools: Tools
+) -> Span:
     """Where message `turn` stands in the text: after the opened turn, to the end of what closes it."""
-    before = render(messages[:turn], tokenizer, where, open_turn=True) if turn else ""
-    after = render(messages[: turn + 1], tokenizer, where)
+    before = render(messages[:turn], tokenizer, where, tools=tools, open_turn=True) if turn else ""
+    after = render(messages[: turn + 1], tokenizer, where, tools=tools)
     reason = None
     if turn == 0:
         reason = "nothing stands before it that opens the assistant's turn"
@@ -79,7 +94,9 @@ def _turn_span(text: str, messages: list[Message], turn: int, tokenizer: PreTrai
     return start, end
 
 
-def _marked_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, list[Span]]:
+def _marked_spans(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, tools: Tools
+) -> tuple[str, list[Span]]:
     """Text and spans by the template's own {% generation %} marks.
 
     These are the character spans from which `return_assistant_tokens_mask` makes its mask. The mask itself is
@@ -91,7 +108,8 @@ def _marked_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, w
     try:
         texts, spans = render_jinja_template(
             conversations=[messages],
-            chat_template=_template(tokenizer, where),
+            tools=tools,
+            chat_template=_template(tokenizer, where, tools),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
@@ -100,15 +118,21 @@ def _marked_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase, w
     return texts[0], list(spans[0])
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, where: str, tools: Tools) -> str:
     try:
-        return str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise DataError(
             f"{where}: a chat needs a chat template, and this tokenizer has none that can be used.\n"
             "  Take an instruct base, put a chat_template.jinja beside the tokenizer, or give the rows as "
             "prompt and completion with template: plain."
         ) from error
+    if tools and not re.search(r"\btools\b", template):
+        raise DataError(
+            f"{where}: the row has tools, and the chat template does not write them.\n"
+            "  Take a base whose template knows tools, or take 'tools' out of the rows."
+        )
+    return template
 
 
 def _refused(messages: list[Message], where: str, error: Exception) -> DataError:

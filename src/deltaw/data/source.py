@@ -21,6 +21,7 @@ class Row:
     """One row in one of three shapes: prompt and completion, messages, or text; the other fields are None.
 
     choices  the answers to choose from, where a prompt/completion row brings its own (metric "choice")
+    tools    the functions that a chat may call, where a row of messages brings them; the chat template writes them
     source   the file or data set as it was named; "rows" for rows given in memory
     line     counted from 1, blank lines included; for data sets and rows in memory the index + 1
     """
@@ -30,6 +31,7 @@ class Row:
     messages: list[dict[str, Any]] | None = None
     text: str | None = None
     choices: tuple[str, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
     source: str = IN_MEMORY
     line: int = 1
 
@@ -70,7 +72,7 @@ def data_hash(rows: Sequence[Row]) -> str:
     """SHA-256 (hex) of what the rows say, in their order; where they came from does not count."""
     digest = hashlib.sha256()
     for row in rows:
-        keys = [*(key for shape in SHAPES for key in shape), "choices"]
+        keys = [*(key for shape in SHAPES for key in shape), "choices", "tools"]
         fields = {key: value for key in keys if (value := getattr(row, key)) is not None}
         digest.update(json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str).encode("ascii"))
         digest.update(b"\n")
@@ -140,7 +142,8 @@ def _row(record: Any, source: str, line: int) -> Row:
     if not shapes:
         raise DataError(f"{where}: {_what_is_missing(record)}")
     if shapes[0] == ("messages",):
-        return Row(messages=_messages(record["messages"], where), source=source, line=line)
+        messages, tools = _messages(record["messages"], where), _tools(record.get("tools"), where)
+        return Row(messages=messages, tools=tools, source=source, line=line)
     texts: dict[str, Any] = {key: _text(record[key], f"field {key!r}", where) for key in shapes[0]}
     choices = record.get("choices") if "prompt" in texts else None
     if not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
@@ -191,6 +194,19 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
                 )
         turns.append(turn)
     return turns
+
+
+def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    """The functions that a chat may call; tables keep them as JSON in a text. None where there are none."""
+    found = _parse(tools, f"{where}: field 'tools'") if isinstance(tools, str) and tools else tools
+    if not found:
+        return None
+    if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
+        raise DataError(
+            f"{where}: field 'tools' must be a list of objects, found {_shown(tools)}.\n"
+            '  Write it as [{"type": "function", "function": {"name": "..."}}], or leave it out.'
+        )
+    return [dict(tool) for tool in found]
 
 
 def _text(value: Any, what: str, where: str) -> str:

@@ -146,7 +146,7 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, tas
     if task.kind != "causal":
         return source_side(row, tokenizer, spec, task).ids
     if row.messages is not None and not any(message["role"] == "assistant" for message in row.messages):
-        text = render(row.messages, tokenizer, row.where, open_turn=True)
+        text = render(row.messages, tokenizer, row.where, tools=row.tools, open_turn=True)
         return tokenize(text, tokenizer, special=False).ids
     document = _document(row, tokenizer, spec.model_copy(update={"append_end": False}), task)
     if row.text is not None or document.start == 0:
@@ -191,7 +191,7 @@ def _plain(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> _Doc
 
 def _chat(messages: list[Message], row: Row, tokenizer: PreTrainedTokenizerBase) -> _Document:
     """The chat as its template writes it, the assistant's words as targets."""
-    text, spans = assistant_spans(messages, tokenizer, row.where)
+    text, spans = assistant_spans(messages, tokenizer, row.where, row.tools)
     tokens = tokenize(text, tokenizer, special=False)  # what belongs in front, the template writes
     is_target = [any(end > begin and start < stop for begin, stop in spans) for start, end in tokens.spans]
     if spans and not any(is_target):
