@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deltaw import Lora
 from deltaw.data.template import Example
+from deltaw.errors import ShapeError
 from deltaw.model import attention
 from deltaw.model.attention import Documents, explicit_attention, packs
 from deltaw.model.model import Model
@@ -251,6 +252,16 @@ def test_padded_rows_equal_rows_alone():
     logits = model.logits(ids, mask)
     torch.testing.assert_close(logits[0], model.logits(ids[:1])[0], rtol=0, atol=ATOL)
     torch.testing.assert_close(logits[1, :6], model.logits(ids[1:, :6])[0], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[1, 2]], "w1 w2", torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]]), torch.zeros(1, 0, dtype=torch.long)],
+    ids=["list", "text", "one row", "floats", "no token"],
+)
+def test_what_is_no_tensor_of_token_ids_is_refused(ids):
+    with pytest.raises(ShapeError, match="input_ids must be"):
+        wear("llama").logits(ids)
 
 
 def test_groups_hold_every_token_once_and_documents_of_like_length():

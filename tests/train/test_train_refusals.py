@@ -9,13 +9,14 @@ import pytest
 from tiny_runs import ROWS, VALID, events_in, recipe, run
 
 import deltaw
+from deltaw import Lora
 from deltaw.data.template import Example
 from deltaw.errors import DataError, DeltawError, RecipeError, RunError, TargetError, WorkFailed
 from deltaw.model.generate import generate
 from deltaw.model.limits import refuse_beyond
 from deltaw.model.model import Model
 from deltaw.train.events import Done, Saved, Step
-from models import make_net
+from models import VOCAB, make_net, make_tokenizer
 
 # Bad input ------------------------------------------------------------------------------------------
 
@@ -148,6 +149,21 @@ def test_a_full_disk_under_metrics_jsonl_is_one_sentence(
     monkeypatch.setattr("deltaw.train.sinks.open", lambda path, mode: Full(), raising=False)
     with pytest.raises(WorkFailed, match=r"No space left while writing metrics.jsonl"):
         run(recipe(base), tmp_path / "run")
+
+
+def test_a_token_without_a_vector_is_refused_where_it_stands_and_learned_as_a_new_one() -> None:
+    """A tokenizer that knows more than the base's embedding holds, as where tokens were added and none resized it."""
+    row = Example((1, VOCAB + 1), (False, True), "row 7")
+    model = Model(make_net("llama"), make_tokenizer())
+    model.tokenizer.add_tokens(["<a>", "<b>"])
+    for refused in (lambda: refuse_beyond(model.net, [row]), lambda: generate(model, [[1], [VOCAB + 1]], 4)):
+        with pytest.raises(DataError, match=rf"(row 7|Prompt 2): token {VOCAB + 1} is not among the {VOCAB} of this"):
+            refused()
+    model.attach(Lora(rank=2, new_tokens=("<b>",)))
+    refuse_beyond(model.net, [row])
+    assert len(generate(model, [[1, VOCAB + 1]], 1)[0]) <= 1
+    with pytest.raises(DataError, match=f"token {VOCAB} is not"):
+        refuse_beyond(model.net, [Example((1, VOCAB), (False, True), "row 8")])
 
 
 def test_a_row_longer_than_learned_positions_is_refused_with_both_numbers() -> None:

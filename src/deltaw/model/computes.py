@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from deltaw.core.prefix import Prefix
 from deltaw.data.pack import Batch
 from deltaw.data.task import Kind
-from deltaw.errors import AdapterError, SpecError
+from deltaw.errors import AdapterError, ShapeError, SpecError
 from deltaw.model.attachment import Attachment
 from deltaw.model.attention import DocumentsLost, cannot_pack, packed_attention, packs
 from deltaw.model.classify import label_logits, pack_label_logits
@@ -62,8 +62,12 @@ class Computes:
         """Logits of padded rows. input_ids [batch, tokens] -> [batch, tokens, vocab].
 
         A classifier gives [batch, labels]; an encoder-decoder [batch, m, vocab] for decoder_input_ids [batch, m]. Ids
-        may be on any device; logits are on the base's.
+        may be on any device; logits are on the base's. Pad on the right: behind padding on the left, learned positions
+        and virtual tokens stand where transformers and PEFT put them, away from the row.
+
+        Raises ShapeError for what is no tensor of ids [batch, tokens].
         """
+        _refuse_other_than_rows(input_ids, "input_ids")
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if self.kind == "classify":
@@ -71,6 +75,7 @@ class Computes:
         if self.kind == "seq2seq":
             if decoder_input_ids is None:
                 raise SpecError("An encoder-decoder computes logits of an answer: pass decoder_input_ids too.")
+            _refuse_other_than_rows(decoder_input_ids, "decoder_input_ids")
             return answer_logits(self.net, self.front(), input_ids, decoder_input_ids.to(self.device), attention_mask)
         return padded_logits(self.net, self.front(), input_ids, attention_mask)
 
@@ -153,3 +158,14 @@ class Computes:
                     raise AdapterError(f"{type(self.net).__name__} computes attention by itself: it cannot be cut.")
                 return {"shifted": groups}
         return {}
+
+
+def _refuse_other_than_rows(ids: Any, name: str) -> None:
+    if not isinstance(ids, Tensor):
+        raise ShapeError(
+            f"{name} must be a tensor [batch, tokens], not {type(ids).__name__}. Wrap it: torch.tensor([ids])."
+        )
+    if ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise ShapeError(
+            f"{name} must be token ids [batch, tokens], one token or more, not {list(ids.shape)} {ids.dtype}."
+        )

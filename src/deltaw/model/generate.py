@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltaw.core.prefix import Prefix
 from deltaw.errors import DataError, WorkFailed
-from deltaw.model.limits import max_positions
+from deltaw.model.limits import max_positions, refuse_unknown
 from deltaw.model.model import Model
 from deltaw.model.seq2seq import Answering, answer
 from deltaw.model.virtual import first_arguments, needs_like_lengths
@@ -57,7 +57,7 @@ def generate(
     give_up  called as (prompt number, tokens so far) after each token; True ends that row at once
     returns  for each prompt its new tokens, without the end token; an answer ends where the base has no more positions
 
-    Raises DataError for a prompt that leaves no position for an answer.
+    Raises DataError for a prompt that leaves no position for an answer, or has a token without a vector.
     """
     sampling = sampling or Sampling()
     rng = torch.Generator().manual_seed(sampling.seed)
@@ -66,6 +66,7 @@ def generate(
     ends = end_tokens(model)
     if model.kind == "classify":
         raise DataError("A text classifier has no words to answer with: ask for its label (deltaw eval, generate).")
+    refuse_unknown(model.net, prompts, [f"Prompt {i + 1}" for i in range(len(prompts))])
     if model.kind == "seq2seq":
         how = Answering(lambda logits: _choose(logits, sampling, rng), frozenset(ends), max_new_tokens, give_up)
         with model.run.keeping_forms():

@@ -1,8 +1,9 @@
-"""How many positions a base has learned, and a clear error for a document beyond them."""
+"""How many positions and tokens a base has learned, and a clear error for a document beyond them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,10 +39,11 @@ def positions_of(net: PreTrainedModel, n_tokens: int, n_targets: int) -> int:
 
 
 def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int = 0) -> None:
-    """Raise DataError for an example longer than the positions of `net`: it could not be computed.
+    """Raise DataError for an example longer than the positions of `net`, or with a token that has no vector.
 
     before  positions that an adapter's virtual tokens take in front of each example
     """
+    refuse_unknown(net, [e.input_ids for e in examples], [e.where for e in examples])
     limit = max_positions(net)
     if limit is None:
         return
@@ -52,4 +54,21 @@ def refuse_beyond(net: PreTrainedModel, examples: Sequence[Example], before: int
             raise DataError(
                 f"{example.where}: {n} tokens{behind}, and this base has {limit} positions. "
                 f"Set data.max_tokens (--max-tokens) to {limit - before} or less."
+            )
+
+
+def refuse_unknown(net: PreTrainedModel, documents: Sequence[Sequence[int]], where: Sequence[str]) -> None:
+    """Raise DataError for a token that neither the base nor an attached adapter has a vector for.
+
+    where  what each document is called
+    """
+    table: Any = net.get_input_embeddings()
+    n = len(table.weight)
+    rows = [slot.rows for slot in getattr(table, "slots", {}).values()]
+    new = {int(i) for found in rows if found is not None for i in found.ids}
+    for ids, name in zip(documents, where, strict=True):
+        if unknown := [token for token in ids if token >= n and token not in new]:
+            raise DataError(
+                f"{name}: token {unknown[0]} is not among the {n} of this base, whose tokenizer knows more.\n"
+                "  Learn its word with adapter.new_tokens, take it out of the text, or load the tokenizer that fits."
             )
