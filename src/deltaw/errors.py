@@ -101,7 +101,7 @@ class WorkFailed(DeltawError, RuntimeError):
     """The work itself failed although the input was usable."""
 
 
-def near(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A hint like " Did you mean 'rank'?", or "" when nothing known is near `name`."""
-    found = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+def near(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.5) -> str:
+    """A hint like " Did you mean 'rank'?", or "" when nothing known is near `name` (1: equal, 0: nothing in common)."""
+    found = difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
     return f" Did you mean {' or '.join(repr(f) for f in found)}?" if found else ""

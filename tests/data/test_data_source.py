@@ -235,6 +235,10 @@ def test_choices_of_a_row_are_kept_and_count_as_data():
     assert read_rows([{**row, "choices": {"text": ["a"]}}])[0].choices is None
 
 
+def test_a_name_that_is_only_somewhat_near_is_no_hint():
+    assert refusal([{"conversations": []}]).endswith("The row has 'conversations'.")
+
+
 def test_tools_of_a_chat_are_kept_and_count_as_data():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tools = [{"type": "function", "function": {"name": "f"}}]

@@ -306,7 +306,12 @@ def test_an_unknown_metric_is_refused_with_the_near_one(learned: Model) -> None:
         evaluate_rows(learned, read_rows(ROWS), "bleu", SPEC)
 
 
-@pytest.mark.parametrize("row", [{"text": "no answer"}, {"messages": [{"role": "user", "content": "hi"}]}])
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "no answer"}, {"messages": [{"role": "user", "content": "hi"}]}, {"messages": [CALL]}]
+)
 def test_rows_without_an_answer_cannot_be_compared(learned: Model, row: dict) -> None:
     with pytest.raises(DataError, match="rows line 1"):
         evaluate_rows(learned, read_rows([row]), "exact", SPEC)

@@ -163,7 +163,7 @@ def _what_is_missing(record: Mapping[str, Any]) -> str:
             f"field {absent!r} {state}.\n  {found}{near(absent, [key for key in keys if key not in (*half, absent)])}"
         )
     fields = [key for shape in SHAPES for key in shape]
-    hints = [f"{hint.strip()} (for {key!r})" for key in fields if (hint := near(key, keys))]
+    hints = [f"{hint.strip()} (for {key!r})" for key in fields if (hint := near(key, keys, cutoff=0.7))]
     nulls = "".join(f" ({key!r} is null)" for key in fields if key in record)
     return f"no 'prompt' and 'completion', no 'messages', no 'text'{nulls}.\n  {' '.join([found, *hints])}"
 

@@ -123,6 +123,11 @@ def completion_of(row: Row) -> str:
     if row.completion is not None:
         return row.completion
     for message in row.messages or []:
+        if message.get("role") == "assistant" and message.get("tool_calls"):
+            raise DataError(
+                f"{row.where}: the assistant's first turn calls tools, which is no text to compare an answer with.\n"
+                "  Measure such rows by loss or perplexity."
+            )
         if message.get("role") == "assistant":
             return str(message["content"])
     raise DataError(f"{row.where}: no completion to compare an answer with.")
