@@ -15,6 +15,7 @@ from made_servers import ADMIN, Made, running, save_adapter
 from deltaw.errors import AdapterError
 from deltaw.methods import Lora
 from deltaw.serve.keys import hash_key
+from deltaw.serve.server import greeting
 from deltaw.serve.settings import ServerSettings
 from deltaw.store.registry import Registry
 
@@ -45,6 +46,14 @@ def test_serve_http_promotion_counts_from_the_next_request(own):
         assert say(client, "support") == new
         registry.rollback("support")
         assert say(client, "support") == old
+
+
+def test_serve_http_says_which_adapter_the_bases_name_hides(own):
+    with running(own) as server:
+        serving = server.app.state.serving
+        assert len(greeting("127.0.0.1", 80, serving)) == 1
+        Registry(own.registry).add("tiny", own.loose / "v2")
+        assert greeting("127.0.0.1", 80, serving)[0].startswith("the registry's adapter 'tiny' cannot be asked for")
 
 
 def test_serve_http_running_requests_keep_their_version(own):

@@ -106,6 +106,11 @@ class Served:
         self._given = {**self._given, name: card}
         return card
 
+    @property
+    def hides(self) -> bool:
+        """Whether the registry has an adapter of the base's name, which nobody can ask for."""
+        return self.registry is not None and any(row["name"] == self.base_name for row in self.registry.listing())
+
     def _is_registered(self, name: str) -> bool:
         assert self.registry is not None
         try:

@@ -132,12 +132,16 @@ def make_server(app: FastAPI, host: str, port: int) -> DrainingServer:
 
 def greeting(host: str, port: int, serving: Serving) -> list[str]:
     """What a server says as it starts: who can reach it, and where."""
-    lines = []
+    lines, name = [], serving.served.base_name
     if not is_loopback(host):
         keyed = "with a key" if serving.keys is not None else "WITHOUT A KEY: give --api-keys, or use 127.0.0.1"
         lines.append(f"listening on {host}: whoever reaches this machine can use the server {keyed}")
+    if serving.served.hides:
+        lines.append(
+            f"the registry's adapter {name!r} cannot be asked for: the base has that name. Give it another, --name"
+        )
     shown = f"[{host}]" if ":" in host else host
-    return [*lines, f"serving {serving.served.base_name} at http://{shown}:{port}/v1"]
+    return [*lines, f"serving {name} at http://{shown}:{port}/v1"]
 
 
 def run_server(server: DrainingServer, say: Callable[[str], None]) -> None:
