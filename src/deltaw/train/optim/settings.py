@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 LORA_PLUS_RATIO = 16.0
-RATES = {"lora_plus": 1e-4, "galore": 1e-3}
+RATES = {"lora_plus": 1.5e-4, "galore": 1e-3}
 """Learning rates of a recipe that does not say, where the optimizer and not the method decides."""
 
 _OF_GALORE = ("rank", "update_every", "scale", "targets")
