@@ -69,16 +69,18 @@ def test_lab_ahead_what_was_made_is_what_a_picture_says(tiny: Bench, tiny_folder
     assert other(12, dora=True, bitfit=True) == tiny(12, dora=True, bitfit=True)
 
 
-def test_lab_ahead_the_matrix_of_picture_6_is_decomposed_in_every_block_unless_it_is_large(tiny_folder, monkeypatch):
+def test_lab_ahead_maps_of_picture_6_are_decomposed_the_one_it_opens_with_first(tiny_folder, monkeypatch):
     other = Bench(Lab(str(tiny_folder)))
-    jobs = ahead._decompositions(other.lab, other.pictures[6])
-    shown = read(other.pictures[6].controls, {})
-    first = next(jobs)
-    assert first.args[0] == shown.layer
-    for job in (first, *jobs):
+    lab, picture = other.lab, other.pictures[6]
+    shown = read(picture.controls, {})
+    jobs = list(ahead._decompositions(lab, picture))
+    for job in jobs:
         job()
-    target = shown.target
-    made = {key[1:] for key in other.lab._large if key[0] == "decomposed"}
-    assert made == {(layer, target) for layer in range(other.lab.layers)}
+    made = [job.args for job in jobs]
+    assert made[: lab.layers] == [(shown.layer, shown.target), *((n, shown.target) for n in (0,))]
+    assert {layer for layer, _ in made[lab.layers : lab.layers + len(lab.roles) - 1]} == {shown.layer}
+    assert set(made) == set(lab.linear) == set(lab._directions)
+    monkeypatch.setattr(ahead, "KEPT_BYTES", 4 * lab._directions[made[0]].nbytes)
+    assert [job.args for job in ahead._decompositions(lab, picture)] == made[:3]
     monkeypatch.setattr(ahead, "LARGEST", 1)
-    assert list(ahead._decompositions(other.lab, other.pictures[6])) == []
+    assert list(ahead._decompositions(lab, picture)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,6 +14,7 @@ from deltaw.lab import pictures
 from deltaw.lab.controls import Controls, drawn
 from deltaw.lab.export import write_site
 from deltaw.lab.server import make_app
+from deltaw.ops.native import library
 
 HERE = "http://127.0.0.1:8765"
 
@@ -55,6 +57,27 @@ def test_lab_server_what_was_computed_is_not_computed_again(tiny: Bench, monkeyp
     for rank in (3, 4, 3, 4, 3):
         counted.get(f"/api/pictures/13?rank={rank}")
     assert len(calls) == 2
+
+
+def test_lab_server_the_threads_of_a_picture_end_with_its_answer(tiny: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Else they count beside those of the next one, and all of them sleep at every barrier."""
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(library, "end_threads", lambda: seen.append(("ended", get_ident())))
+
+    def note(lab: object, c: object) -> dict[str, object]:
+        seen.append(("computed", get_ident()))
+        return {"numbers": [], "data": {}}
+
+    makers = dict(pictures._MAKERS)
+    makers[9], makers[13] = (makers[9][0], note, note), (makers[13][0], note, None)
+    monkeypatch.setattr(pictures, "_MAKERS", makers)
+    client = TestClient(make_app(type(tiny.lab)(tiny.lab.base)), base_url=HERE)
+    assert seen == [("ended", get_ident())]  # those that loaded the base
+    assert client.get("/api/pictures/13").status_code == 200
+    assert client.post("/api/pictures/9", json={"step": 1}, headers={"origin": HERE}).status_code == 200
+    assert [what for what, _ in seen[1:]] == ["computed", "ended", "computed", "ended"]
+    assert seen[1][1] == seen[2][1]
+    assert seen[3][1] == seen[4][1]
 
 
 @pytest.mark.parametrize(

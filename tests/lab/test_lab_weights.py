@@ -9,10 +9,12 @@ import pytest
 import torch
 from lab_bench import Bench, numbers, texts
 
-from deltaw.errors import BadInput
+from deltaw.errors import BadInput, WorkFailed
 from deltaw.formats import NF4Weight
-from deltaw.lab.lowrank import made_update, singular_values
-from deltaw.merge.factors import Keep, cut_dense, decomposed
+from deltaw.lab import base
+from deltaw.lab.base import Lab
+from deltaw.lab.lowrank import made_update
+from deltaw.merge.factors import Keep, cut_dense, directions
 
 
 def singular(matrix: torch.Tensor) -> torch.Tensor:
@@ -175,21 +177,47 @@ def test_lab_weights_fp16_has_no_scales_to_quantise(tiny: Bench):
     assert numbers(tiny(4, format="fp16"))["bits"] == 16.0
 
 
-def test_lab_weights_a_prefix_of_the_whole_cut_is_the_cut(tiny: Bench):
+def test_lab_weights_the_first_directions_of_a_matrix_are_its_cut(tiny: Bench):
     """What picture 6 relies on when it keeps one decomposition for every rank."""
     W = tiny.lab.weight(0, "up_proj")
-    whole, cut = tiny.lab.decomposed(0, "up_proj"), cut_dense(W, Keep(5), "up")
-    assert torch.allclose(whole.B[:, :5] @ whole.A[:5], cut.B @ cut.A, atol=2e-7)
-    assert torch.allclose(whole.B @ whole.A, W, atol=2e-7)
+    (A, B), cut = tiny.lab.directions(0, "up_proj").factors(W, 5), cut_dense(W, Keep(5), "up")
+    assert A.shape == cut.A.shape
+    assert B.shape == cut.B.shape
+    assert torch.allclose(B @ A, cut.B @ cut.A, atol=2e-7)
+    A, B = tiny.lab.directions(0, "up_proj").factors(W, min(W.shape))
+    assert torch.allclose(B @ A, W, atol=2e-7)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
-def test_lab_weights_a_decomposition_by_the_gram_matrix_is_the_exact_one(shape: tuple[int, int]):
+def test_lab_weights_directions_by_the_gram_matrix_are_the_exact_ones(shape: tuple[int, int]):
     W = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) @ torch.diag(0.7 ** torch.arange(shape[1]))
     W[:, 3] = 0.0  # a direction of nothing
-    found, exact = decomposed(W, "W"), cut_dense(W, Keep(), "W")
-    assert found.norm == pytest.approx(exact.norm, rel=1e-12)
-    top = float(singular(W)[0])
-    assert torch.allclose(singular_values(found), singular_values(exact), atol=1e-6 * top)  # the exact one is float32
+    found, exact = directions(W, "W"), torch.linalg.svd(W.double(), full_matrices=False)
+    top = float(exact.S[0])
+    assert torch.allclose(found.values, exact.S, atol=2e-8 * top)
     for rank in (1, 5, 20):
-        assert torch.allclose(found.B[:, :rank] @ found.A[:rank], exact.B[:, :rank] @ exact.A[:rank], atol=1e-5 * top)
+        A, B = found.factors(W, rank)
+        assert (A.shape, B.shape) == ((rank, shape[1]), (shape[0], rank))
+        wanted = exact.U[:, :rank] * exact.S[:rank] @ exact.Vh[:rank]
+        assert torch.allclose((B @ A).double(), wanted, atol=2e-6 * top)
+
+
+def test_lab_weights_a_matrix_that_is_not_finite_has_no_directions():
+    W = torch.ones(4, 3)
+    W[1, 2] = torch.nan
+    with pytest.raises(WorkFailed, match="block 1 up_proj: the change holds NaN"):
+        directions(W, "block 1 up_proj")
+
+
+def test_lab_weights_decomposed_matrices_are_kept_within_their_bytes_the_last_used(tiny_folder, monkeypatch):
+    lab = Lab(str(tiny_folder))
+    places = [(0, "up_proj"), (1, "up_proj"), (0, "gate_proj")]
+    first, *_ = (lab.directions(*place) for place in places[:2])
+    monkeypatch.setattr(base, "KEPT_BYTES", 2 * first.nbytes)
+    lab.directions(*places[0])
+    lab.directions(*places[2])
+    assert list(lab._directions) == [places[0], places[2]]
+    assert lab.directions(*places[0]) is first
+    monkeypatch.setattr(base, "KEPT_BYTES", 1)
+    lab.directions(*places[1])
+    assert list(lab._directions) == [places[1]]

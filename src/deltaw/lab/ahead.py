@@ -16,7 +16,7 @@ from typing import Any
 
 from deltaw.errors import DeltawError
 from deltaw.lab import counts
-from deltaw.lab.base import KEPT_LARGE, Lab
+from deltaw.lab.base import KEPT_BYTES, Lab
 from deltaw.lab.blocks import SHOWN, keep_counted
 from deltaw.lab.controls import read
 from deltaw.lab.lowrank import noise_values
@@ -29,7 +29,7 @@ from deltaw.train.optim.dynamic import dynamic_map
 QUIET_S = 0.25
 """How long nobody has asked before a job begins."""
 LARGEST = 1 << 20
-"""Values of a matrix that is decomposed ahead: a tenth of a second, a few megabytes."""
+"""Values of a matrix that is decomposed ahead: some 50 ms, at most a few megabytes."""
 Job = Callable[[], object]
 
 
@@ -40,7 +40,7 @@ class Ahead:
         self._jobs = jobs
         self._end = Event()
         self._asking, self._last = 0, 0.0
-        self._thread = Thread(target=lambda: and_end_threads(self._run), name="ahead", daemon=True)
+        self._thread = Thread(target=self._run, name="ahead", daemon=True)
 
     @contextmanager
     def asked(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Ahead:
             if self._end.is_set():
                 return
             with suppress(DeltawError):  # what cannot be had here is told to whoever asks for it
-                job()
+                and_end_threads(job)  # else they count beside those of a request, which then sleep at every barrier
         gc.freeze()  # what was made stays: a collection need not look at it again
 
 
@@ -95,13 +95,23 @@ def _shown(lab: Lab, picture: Picture) -> None:
 
 
 def _decompositions(lab: Lab, picture: Picture) -> Iterator[Job]:
-    """Of the map that picture 6 opens with, in the blocks beside that one, the nearest first."""
+    """Of what picture 6 can be moved to: its map in every block, then every map, from the block that it opens with on.
+
+    A quarter of the place for them is left for what is asked for.
+    """
     shown: Any = read(picture.controls, {})
-    beside = sorted(range(lab.layers), key=lambda layer: abs(layer - shown.layer))
-    for layer in beside[: KEPT_LARGE - 2]:  # places are left for another map
-        site = lab.linear.get((layer, shown.target))
+    near = sorted(range(lab.layers), key=lambda layer: abs(layer - shown.layer))
+    maps = [(layer, shown.target) for layer in near]
+    maps += [(layer, role) for layer in near for role in lab.roles if role != shown.target]
+    left = 3 * KEPT_BYTES // 4
+    for key in maps:
+        site = lab.linear.get(key)
         if site is not None and site.out_features * site.in_features <= LARGEST:
-            yield partial(lab.decomposed, layer, shown.target)
+            side = min(site.out_features, site.in_features)
+            left -= 4 * side * side + 8 * side
+            if left < 0:
+                return
+            yield partial(lab.directions, *key)
 
 
 def _planned(lab: Lab, controls: Any, method: str) -> None:

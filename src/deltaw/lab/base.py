@@ -15,15 +15,16 @@ from torch import Tensor
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput
-from deltaw.merge.factors import Cut
-from deltaw.merge.factors import decomposed as whole_cut
+from deltaw.merge.factors import Directions, directions
 from deltaw.model.base import load_base
 from deltaw.model.model import Model
 from deltaw.plan.kept import Kept
 from deltaw.plan.network import Base, find_config, network_of, shapes
 
-KEPT, KEPT_LARGE = 512, 32
-"""Results that are kept, and decomposed matrices; the oldest goes first."""
+KEPT = 512
+"""Results that are kept; the oldest goes first."""
+KEPT_BYTES = 2**27
+"""Of decomposed matrices; the least recently used goes first."""
 PLANNED = 96
 """Models without memory of picture 11: three for every shape, and those of new ranks."""
 PROMPT = "The capital of France is"
@@ -74,20 +75,19 @@ class Lab:
         self.planned = Kept(models=PLANNED)
         self.lesson: Any = None  # of pictures 9 and 10 (live.py)
         self.merged: Any = None
-        self._large: OrderedDict[Any, Any] = OrderedDict()
+        self._directions: OrderedDict[tuple[int, str], Directions] = OrderedDict()
 
-    def keep(self, key: Any, make: Callable[[], T], *, large: bool = False) -> T:
-        """What `make` gives; the second time under this key it is remembered. `large`: megabytes, so few are kept."""
-        kept, most = (self._large, KEPT_LARGE) if large else (self._kept, KEPT)
-        found: T | None = kept.get(key)
+    def keep(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives; the second time under this key it is remembered."""
+        found: T | None = self._kept.get(key)
         if found is not None:
             return found
         with self.lock:
-            found = kept.get(key)
+            found = self._kept.get(key)
             if found is None:
-                found = kept[key] = make()
-                if len(kept) > most:
-                    kept.popitem(last=False)
+                found = self._kept[key] = make()
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
             return found
 
     @cached_property
@@ -130,13 +130,16 @@ class Lab:
         """W [out, in] of a linear map, float32."""
         return self.model.places.weights[self.site(layer, role).name].dense(torch.float32)
 
-    def decomposed(self, layer: int, role: str) -> Cut:
-        """The whole decomposition of a linear map's W: the first r rows of A and columns of B are its cut to rank r."""
-
-        def make() -> Cut:
-            return whole_cut(self.weight(layer, role), f"block {layer} {role}")
-
-        return self.keep(("decomposed", layer, role), make, large=True)
+    def directions(self, layer: int, role: str) -> Directions:
+        """The singular values of a linear map's W, and its directions. Those used last are kept (KEPT_BYTES)."""
+        kept, key = self._directions, (layer, role)
+        with self.lock:
+            if key not in kept:
+                kept[key] = directions(self.weight(layer, role), f"block {layer} {role}")
+            kept.move_to_end(key)
+            while len(kept) > 1 and sum(d.nbytes for d in kept.values()) > KEPT_BYTES:
+                kept.popitem(last=False)
+            return kept[key]
 
     def inputs(self) -> dict[str, Tensor]:
         """What each linear map reads at the last token of PROMPT: [in] float32 by name of the map."""
@@ -174,11 +177,15 @@ class Lab:
         """What `deltaw plan --base` would be given for a name of `sizes`."""
         return self.base if name == self.label else name
 
+    @cached_property
+    def _own_shape(self) -> Model:
+        return empty(self.base)
+
     def shape(self, name: str) -> Model:
         """A network without memory for its weights."""
         if name != self.label:
             return shipped()[name]
-        return self.keep(("shape", name), lambda: empty(self.path(name)), large=True)
+        return self._own_shape
 
     def trained(self, name: str, spec: MethodSpec) -> dict[str, int]:
         """How many numbers `spec` trains at each linear map of a shape. Raises TargetError."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from deltaw.core.affine import Affine, merged
 from deltaw.core.spec import Start
@@ -141,14 +142,15 @@ def directions(lab: Lab, c: Any) -> Plain:
     side = min(W.shape)
     if c.rank > side:
         raise BadInput(f"{c.target} of block {c.layer} has at most {side} directions, and rank is {c.rank}.")
-    whole = lab.decomposed(c.layer, c.target)
-    A, B = first_rank(whole, c.rank)
+    found = lab.directions(c.layer, c.target)
+    A, B = found.factors(W, c.rank)
     near = B @ A
-    S = singular_values(whole)
+    missing = W - near
+    S = found.values
     tail = tails(S)
     noise = noise_values(lab, *W.shape)
     update = FALL ** torch.arange(side, dtype=torch.float64)
-    error = float((W.double() - near.double()).norm() / W.double().norm())
+    error = float(vector_norm(missing, dtype=torch.float64) / vector_norm(W, dtype=torch.float64))
     at = sorted({*range(0, side + 1, max(1, side // CURVE_POINTS)), c.rank, side})
     curves = {"this matrix": tail / tail[0], "noise": tails(noise) / tails(noise)[0]}
     curves["a change whose values fall by a fifth"] = tails(update) / tails(update)[0]
@@ -171,7 +173,7 @@ def directions(lab: Lab, c: Any) -> Plain:
             "grids": [
                 {"title": f"W: block {c.layer}, {c.target} (corner)", **grid(W[:SIDE, :SIDE], limit)},
                 {"title": f"best of rank {c.rank}", **grid(near[:SIDE, :SIDE], limit)},
-                {"title": "what is missing", **grid((W - near)[:SIDE, :SIDE], limit)},
+                {"title": "what is missing", **grid(missing[:SIDE, :SIDE], limit)},
             ],
             "curves": [{"name": name, "rank": at, "error": rounded(values[at])} for name, values in curves.items()],
             "rank": c.rank,

@@ -30,6 +30,7 @@ from deltaw.lab.desk import Desk
 from deltaw.lab.picture import Picture, Plain
 from deltaw.lab.pictures import pictures_of
 from deltaw.lab.workbench import routers
+from deltaw.ops.native.library import and_end_threads
 from deltaw.serve.hosts import is_loopback
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -65,7 +66,7 @@ def make_app(
     Raises BaseError, AdapterError, BadInput: the base is loaded here.
     """
     lab = base if isinstance(base, Lab) else Lab(base, adapters)
-    pictures = pictures_of(lab)
+    pictures = and_end_threads(lambda: pictures_of(lab))
     frames: dict[str, Any] = {"base": lab.label, "recorded": False, "workbench": desk is not None}
     frames["pictures"] = [p.plain() for p in pictures.values()]
     ahead = Ahead(lambda: jobs_of(lab, pictures))
@@ -92,14 +93,16 @@ def make_app(
 
     @app.get("/api/pictures/{n}")
     def show(n: str, request: Request) -> JSONResponse:
-        return JSONResponse(shown(lab, find(n), dict(request.query_params)))
+        picture = find(n)
+        return JSONResponse(and_end_threads(lambda: shown(lab, picture, dict(request.query_params))))
 
     @app.post("/api/pictures/{n}")
     def act(n: str, given: dict[str, Any]) -> JSONResponse:
         picture = find(n)
         if picture.act is None:
             return JSONResponse({"detail": f"picture {n} changes nothing: ask for it with GET."}, 405)
-        return JSONResponse(picture.act(lab, read(picture.controls, given)))
+        act_on, chosen = picture.act, read(picture.controls, given)
+        return JSONResponse(and_end_threads(lambda: act_on(lab, chosen)))
 
     for router in [] if desk is None else routers(lab, desk):
         app.include_router(router, prefix="/api/work")

@@ -107,22 +107,37 @@ def cut_dense(delta: Tensor, keep: Keep, where: str) -> Cut:
     return _cut(U, S, Vt, keep, where)
 
 
-def decomposed(delta: Tensor, where: str) -> Cut:
-    """A dense matrix [out, in] as its whole decomposition, from the eigenvectors of the smaller Gram matrix.
+@dataclass(frozen=True)
+class Directions:
+    """The singular values of a matrix W [out, in], largest first, and its directions on the smaller side.
 
-    A third of `cut_dense`'s time. Singular values below 1e-8 of the largest are rounding. Raises WorkFailed as
-    `cut_factors`.
+    values  [k] float64, where k is the smaller of out and in; below 1e-8 of the largest they are rounding
+    axes    [k, k] float32: a direction of the inputs in each column, or of the outputs where out < in
     """
-    if delta.shape[0] < delta.shape[1]:
-        turned = decomposed(delta.T, where)
-        return Cut(turned.B.T.contiguous(), turned.A.T.contiguous(), turned.error, turned.norm)
-    W = delta.double()
+
+    values: Tensor
+    axes: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return self.values.nbytes + self.axes.nbytes
+
+    def factors(self, W: Tensor, rank: int) -> Factors:
+        """(A, B) of the best approximation of `rank`: W as seen along the first directions."""
+        axes = self.axes[:, :rank]
+        return (axes.T @ W, axes) if W.shape[0] < W.shape[1] else (axes.T, W @ axes)
+
+
+def directions(W: Tensor, where: str) -> Directions:
+    """The whole decomposition of a dense matrix, from the eigenvectors of the smaller Gram matrix, in float64.
+
+    A third of `cut_dense`'s time. Raises WorkFailed as `cut_factors`.
+    """
     _finite(where, W)
-    squares, V = torch.linalg.eigh(W.T @ W)
-    S, V = squares.flip(0).clamp_min(0).sqrt(), V.flip(1)
-    root = S.sqrt()
-    B = (W @ V) / root.where(root > 0, torch.inf)
-    return _rounded(root[:, None] * V.T, B, 0.0, float(W.norm()), where)
+    tall = W.T.double() if W.shape[0] < W.shape[1] else W.double()
+    squares, axes = torch.linalg.eigh(tall.T @ tall)
+    return Directions(squares.flip(0).clamp_min(0).sqrt(), axes.flip(1).float())
 
 
 def _cut(U: Tensor, S: Tensor, Vt: Tensor, keep: Keep, where: str) -> Cut:
