@@ -26,7 +26,10 @@ class Bench:
     def act(self, number: int, **given: Any) -> dict[str, Any]:
         picture = self.pictures[number]
         assert picture.act is not None
-        return picture.act(self.lab, read(picture.controls, given))
+        found = picture.act(self.lab, read(picture.controls, given))
+        while number == 9 and found["data"]["step"] < given.get("step", 0):  # as the page does
+            found = picture.act(self.lab, read(picture.controls, given))
+        return found
 
 
 def numbers(plain: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 
 from lab_bench import Bench
@@ -55,6 +58,40 @@ def test_lab_ahead_goes_on_after_what_a_base_cannot_have():
 
     live(Ahead(lambda: iter([refused, done.set])), lambda: done.wait(30))
     assert done.is_set()
+
+
+def test_lab_ahead_garbage_is_collected_when_nobody_asks(monkeypatch):
+    class Knot:
+        def __init__(self) -> None:
+            self.me = self
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(10**9, 20, 20)
+    try:
+        frozen = threading.Event()
+        collected = Ahead(lambda: iter(()))
+        monkeypatch.setattr(gc, "freeze", frozen.set)
+
+        def inside() -> None:
+            assert frozen.wait(30)
+            with collected.asked():
+                knot = Knot()
+                left = weakref.ref(knot)
+                del knot
+                kept = [[] for _ in range(ahead.GARBAGE + 1)]
+                time.sleep(2 * QUIET_S)
+                assert left() is not None
+            for _ in range(200):
+                if left() is None:
+                    break
+                time.sleep(QUIET_S / 5)
+            assert left() is None
+            assert len(kept) > ahead.GARBAGE
+
+        live(collected, inside)
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_lab_ahead_what_was_made_is_what_a_picture_says(tiny: Bench, tiny_folder: object):

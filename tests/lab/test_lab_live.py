@@ -13,6 +13,7 @@ from deltaw.data.source import Row
 from deltaw.data.template import prompt_ids
 from deltaw.errors import BadInput
 from deltaw.lab.base import Lab
+from deltaw.lab.controls import read
 from deltaw.lab.live import LESSON, PEEK, recipe_of
 from deltaw.methods import Lora
 from deltaw.model.base import load_base
@@ -74,6 +75,18 @@ def test_lab_live_steps_are_real_and_their_norms_are_those_of_the_dense_change(f
     assert back["data"]["losses"] == losses[:3]
     assert numbers(back)["step"] == 2
     assert back["data"]["done"] == 4
+
+
+def test_lab_live_one_request_trains_one_step_at_most_and_says_how_far_it_is(fresh: Bench):
+    picture = fresh.pictures[9]
+    asked = read(picture.controls, {"step": 20, "rank": 2})
+    for done in (1, 2, 3):
+        plain = picture.act(fresh.lab, asked)
+        assert (numbers(plain)["step"], plain["data"]["done"], fresh.lab.lesson.done) == (done, done, done)
+    back = picture.act(fresh.lab, read(picture.controls, {"step": 2, "rank": 2}))
+    assert (numbers(back)["step"], back["data"]["done"]) == (2, 3)
+    other = picture.act(fresh.lab, read(picture.controls, {"step": 5, "rank": 3}))
+    assert (numbers(other)["step"], other["data"]["done"]) == (1, 1)
 
 
 def test_lab_live_an_address_gives_the_same_training_again(fresh: Bench, tiny_folder: Path):

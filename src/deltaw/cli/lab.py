@@ -59,7 +59,7 @@ def lab(
     if not is_loopback(host):
         say(f"warning: {host} is reached from other machines, and the lab has no passwords.")
     gc.collect()
-    gc.set_threshold(50_000, 20, 20)  # a plan makes that many objects in a moment, and leaves none
+    gc.set_threshold(200_000, 20, 20)  # a plan makes many objects and leaves few; collected when nobody asks (ahead.py)
     gc.freeze()  # the base and its libraries stay: else each collection looks at all of them, for a tenth of a second
     say(f"the lab is at http://{host}:{port}/ (Ctrl-C ends it)")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)  # streams have no end
