@@ -14,6 +14,7 @@ from deltaw.methods.prefix import PrefixTuning
 from deltaw.methods.prompt import Prompt
 from deltaw.model.model import Model
 from deltaw.ops import pool
+from deltaw.plan import made
 from deltaw.plan.network import Base, planned_model
 from deltaw.plan.timeline import Timeline
 from deltaw.plan.trace import Tracer, traced
@@ -211,3 +212,18 @@ def test_plan_trace_a_pool_holds_what_is_planned(kind, adapter, again):
     line = traced(lambda: work(model), known, parameters, VOCAB, arena=model.arena)
     assert held > 3_000_000
     assert 0 <= line.held() - held < 0.1 * held  # buffers of less than 64 KB are planned too, and lie elsewhere
+
+
+def test_a_gradient_that_is_not_asked_for_is_remembered_as_none(monkeypatch):
+    backward = torch.ops.aten.native_layer_norm_backward.default
+    x, w = torch.empty(6, 8, device="meta"), torch.empty(8, device="meta")
+    mean = torch.empty(6, 1, device="meta")
+    args = (x, x, [8], mean, mean, w, w, [True, False, False])
+    monkeypatch.setattr(made, "_MADE", {})
+    first = made.made(backward, args, {}, ())
+    assert len(made._MADE) == 1
+    again = made.made(backward, args, {}, ())
+    for found in (first, again):
+        assert (found[0].shape, found[0].stride(), found[0].dtype) == (x.shape, x.stride(), x.dtype)
+        assert found[1:] == (None, None)
+    assert again[0] is not first[0]

@@ -11,8 +11,8 @@ from torch import Tensor
 _META = torch.device("meta")
 _LISTS = (list, tuple)
 _MOST_MADE = 1 << 15
-_MADE: dict[Any, tuple[tuple[Any, ...], ...]] = {}
-"""What operations make of which shapes."""
+_MADE: dict[Any, tuple[tuple[Any, ...] | None, ...]] = {}
+"""What operations make of which shapes; None: a gradient that is not asked for."""
 _DTYPES: dict[Any, torch.dtype] = {}
 """In which dtype pointwise operations answer, by those of their arguments."""
 _WHAT: dict[int, tuple[Any, int | str | None, bool]] = {}
@@ -35,7 +35,7 @@ def made(func: Any, args: Any, kwargs: Any, known: Container[int]) -> Any:
     key = id(func), _described(args), tuple(kwargs), _described(kwargs.values()) if kwargs else ()
     found = _MADE.get(key)
     if found is not None:
-        new = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in found]
+        new = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device=_META) for one in found]
         return new[0] if len(new) == 1 else tuple(new)
     kind = None
     if torch.Tag.pointwise in func.tags and (size := _even(args)) is not None:
@@ -46,10 +46,10 @@ def made(func: Any, args: Any, kwargs: Any, known: Container[int]) -> Any:
             return out
     out = func(*args, **kwargs)
     results = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
-    if results and all(isinstance(t, Tensor) and _is_new(t, known) for t in results):
+    if results and all(t is None or (isinstance(t, Tensor) and _is_new(t, known)) for t in results):
         if len(_MADE) >= _MOST_MADE:
             _MADE.clear()
-        _MADE[key] = tuple((t.size(), t.stride(), t.dtype) for t in results)
+        _MADE[key] = tuple(None if t is None else (t.size(), t.stride(), t.dtype) for t in results)
         if kind is not None and len(results) == 1 and out.size() == size and out.is_contiguous():
             _DTYPES[kind] = out.dtype
     return out
