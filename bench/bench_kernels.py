@@ -151,10 +151,20 @@ def one_row(all_of: Matrices, rounds: int) -> dict[str, Any]:
     print(f"  read loop {4 * len(beside) / 2**30:.2f} GiB; {len(all_of.plain)} matrices")
     found = show("one row, all layers", medians(tools, rounds, "ours"), all_of.bytes())
     if "a loop that only reads" in found:
-        share = found["a loop that only reads"]["median_s"] / found["ours"]["median_s"]
-        print(f"  ours reads at {100 * share:.0f} % of the loop's rate")
-        found["share_of_bandwidth"] = round(share, 3)
+        loop = all_of.bytes() / found["a loop that only reads"]["median_s"]
+        less = sum(size_of(b) for b in doubly)
+        for name, n, key in (("ours", all_of.bytes(), ""), ("ours, double quantisation", less, "_double_quant")):
+            share = n / found[name]["median_s"] / loop
+            print(f"  {name} reads its {n / 2**30:.2f} GiB at {100 * share:.0f} % of the loop's rate")
+            found[f"share_of_bandwidth{key}"] = round(share, 3)
     return found
+
+
+def size_of(doubly: Blocks) -> int:
+    """Codes, and the codes and constants of the scales, in bytes."""
+    scales = doubly.scales
+    assert scales.nested is not None
+    return doubly.codes.numel() + scales.absmax.numel() + 4 * scales.nested.numel()
 
 
 def both(some: Matrices) -> list[tuple[Blocks, tuple[Tensor, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -189,6 +190,16 @@ def test_few_rows_take_the_weights_that_dequantise_gives(any_path, block, nested
             x, bias = torch.randn(n, cols, generator=g).to(dtype), torch.randn(out, generator=g).to(dtype)
             given = bias if n % 2 else None
             assert_the_weights_of(mul(x, blocks, given), x, blocks, given)
+
+
+@pytest.mark.parametrize("shape", [(77, 2048), (37, 576), (35, 9024), (18, 22016)], ids=str)
+def test_nested_scales_give_the_bytes_of_plain_ones(any_path, shape):
+    """Rows whose scales are computed many at a time, over the places where their constant changes, to the very last."""
+    for block, n, dtype in itertools.product((64, 128), (1, 2, 4, 6), (torch.bfloat16, torch.float32)):
+        nested = blocks_of(made(shape, n), LEVELS["nf4"], block, True)
+        plain = dataclasses.replace(nested, scales=Scales(nested.scales.plain()))
+        x = torch.randn(n, shape[1], generator=torch.Generator().manual_seed(n)).to(dtype)
+        assert mul(x, nested).equal(mul(x, plain))
 
 
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])

@@ -83,6 +83,10 @@ struct V {
         return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
     }
     static F gather(const float* p, I i) { return _mm256_i32gather_ps(p, i, 4); }
+    using T256 = const float*;
+    static constexpr int MANY = W;
+    static void table256(const float* p, T256& t) { t = p; }
+    static void lookup256(T256 t, const uint8_t* p, F (&out)[1]) { out[0] = gather(t, bytes(p)); }
     static I twice_plus(I i, F v, F bound) {  // a true compare is -1
         return _mm256_sub_epi32(_mm256_add_epi32(i, i), _mm256_castps_si256(_mm256_cmp_ps(v, bound, _CMP_GT_OQ)));
     }

@@ -79,6 +79,35 @@ struct V {
     static T16 table16(const float* p) { return load(p); }
     static F lookup16(T16 t, I i) { return _mm512_permutexvar_ps(i, t); }  // reads the low four bits
     static F gather(const float* p, I i) { return _mm512_i32gather_ps(i, p, 4); }
+    // 256 floats as two tables of halves: permutes choose among 64, masks among four of those
+    struct T256 {
+        alignas(64) uint16_t low[256], high[256];
+    };
+    static constexpr int MANY = 2 * W;
+    static void table256(const float* p, T256& t) {
+        for (int k = 0; k < 256; k += W) {
+            const __m512i a = _mm512_loadu_si512(p + k);
+            _mm256_store_si256((__m256i*)(t.low + k), _mm512_cvtepi32_epi16(a));
+            _mm256_store_si256((__m256i*)(t.high + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
+        }
+    }
+    static void lookup256(const T256& t, const uint8_t* p, F (&out)[2]) {
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // so that unpacking restores it
+        const __m256i codes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)p), order);
+        const __m512i i = _mm512_cvtepu8_epi16(codes);
+        const __mmask32 bit6 = _mm512_test_epi16_mask(i, _mm512_set1_epi16(64));
+        const __mmask32 bit7 = _mm512_test_epi16_mask(i, _mm512_set1_epi16(128));
+        const auto choose = [&](const uint16_t* t) __attribute__((always_inline)) {
+            __m512i of_64[4];
+            for (int k = 0; k < 4; ++k, t += 64)
+                of_64[k] = _mm512_permutex2var_epi16(_mm512_load_si512(t), i, _mm512_load_si512(t + 32));
+            return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, of_64[0], of_64[1]),
+                                           _mm512_mask_blend_epi16(bit6, of_64[2], of_64[3]));
+        };
+        const __m512i low = choose(t.low), high = choose(t.high);
+        out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+        out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+    }
     static I twice_plus(I i, F v, F bound) {
         const I twice = _mm512_add_epi32(i, i);
         return _mm512_mask_add_epi32(twice, _mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), twice, iset1(1));

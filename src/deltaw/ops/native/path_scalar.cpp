@@ -106,6 +106,10 @@ struct V {
     static T16 table16(const float* p) { return load16(p); }
     static F lookup16(const T16& t, I i) { EACH(F, t.v[i.v[l] & 15]); }
     static F gather(const float* p, I i) { EACH(F, p[i.v[l]]); }
+    using T256 = const float*;
+    static constexpr int MANY = W;
+    static void table256(const float* p, T256& t) { t = p; }
+    static void lookup256(T256 t, const uint8_t* p, F (&out)[1]) { out[0] = gather(t, bytes(p)); }
     static I twice_plus(I i, F v, F bound) { EACH(I, 2 * i.v[l] + (v.v[l] > bound.v[l])); }
     static T16 load16(const float* p) { T16 t; memcpy(t.v, p, sizeof t.v); return t; }
     static H16 load16(const uint16_t* p) { H16 t; memcpy(t.v, p, sizeof t.v); return t; }

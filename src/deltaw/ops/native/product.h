@@ -18,7 +18,7 @@ constexpr int64_t AHEAD = 4096;  // bytes of codes that are fetched before they 
 constexpr int PLACE[8] = {1, 0, 3, 2, 5, 4, 7, 6};  // of nibble j: the high one of a byte comes first
 
 constexpr int ROWS = V::TALL / 2;        // of W at a time: they share the loads of x
-constexpr int64_t ROOM = 1024 * ROWS + W;  // their scales
+constexpr int64_t ROOM = 1024 * ROWS + V::MANY;  // their scales
 inline bool suits_gemv(const Matrix& m) { return m.bits == 4 ? m.cols % 8 == 0 && m.cols <= 32000 : m.cols % W == 0; }
 
 inline void arrange(const Product& p, float* out) {
@@ -34,25 +34,47 @@ inline void arrange(const Product& p, float* out) {
         for (int j = 0; j < 8; ++j) V::store(out + k + j * W, V::gather(plain + k + PLACE[j], V::lanes8()));
 }
 
-// Scales of the blocks first ... last - 1, computed where absmax is nested. W more are read, for lanes whose x is zero:
-// they must be finite.
-inline const float* scales_of(const Matrix& m, int64_t first, int64_t last, int64_t n_blocks, float* room) {
-    if (m.absmax && last + W <= n_blocks) return m.absmax + first;
-    int64_t b = first;
-    while (!m.absmax && b + W <= n_blocks && b < last) {  // W at a time, up to where the constant changes
-        const int64_t stop = least(last, ((b >> 8) + 1) << 8);
-        const F by = V::set1(m.nested[b >> 8]), offset = V::set1(*m.offset);
-        for (; b < stop && b + W <= n_blocks; b += W) {
-            const F apart = V::mul(V::gather(m.nested_table, V::bytes(m.absmax_codes + b)), by);
-            V::store(room + (b - first), V::add(apart, offset));
-        }
-        b = least(b, stop);
-        if (b + W > n_blocks) break;
+// The scales of a matrix's blocks, computed where absmax is nested
+struct Scales {
+    const Matrix& m;
+    const int64_t n_blocks;
+    typename V::T256 nested;
+
+    explicit Scales(const Matrix& m) : m(m), n_blocks(((m.rows * m.cols - 1) >> m.block_log2) + 1) {
+        if (!m.absmax) V::table256(m.nested_table, nested);
     }
-    for (; b < last; ++b) room[b - first] = scale_of(m, b);
-    V::store(room + (last - first), V::set1(0));
-    return room;
-}
+
+    // Of blocks first ... last - 1. W more are read, for lanes whose x is zero: they must be finite. `room`: MANY more.
+    const float* of(int64_t first, int64_t last, float* room) const {
+        constexpr int MANY = V::MANY;
+        if (m.absmax && last + W <= n_blocks) return m.absmax + first;
+        int64_t b = first;
+        while (!m.absmax && b + MANY <= n_blocks && b < last) {  // MANY at a time, up to where the constant changes
+            const int64_t stop = least(last, ((b >> 8) + 1) << 8);
+            const F by = V::set1(m.nested[b >> 8]), offset = V::set1(*m.offset);
+            for (; b < stop && b + MANY <= n_blocks; b += MANY) {
+                F apart[MANY / W];
+                V::lookup256(nested, m.absmax_codes + b, apart);
+                for (int k = 0; k < MANY / W; ++k)
+                    V::store(room + (b - first) + k * W, V::add(V::mul(apart[k], by), offset));
+            }
+            b = least(b, stop);
+        }
+        for (; b < last; ++b) room[b - first] = scale_of(m, b);
+        V::store(room + (last - first), V::set1(0));
+        return room;
+    }
+
+    // Of each 64 of n values from `start` on, where 64 share a block
+    const float* by_64(int64_t start, int64_t n, float* room) const {
+        const int64_t b0 = start >> m.block_log2, of_64 = m.block_log2 - 6;
+        const float* scales = of(b0, ((start + n - 1) >> m.block_log2) + 1, room);
+        if (!of_64) return scales;
+        float* out = room + ROOM / 2;
+        for (int64_t i = 0; i < n / 64; ++i) out[i] = scales[((start / 64 + i) >> of_64) - b0];
+        return out;
+    }
+};
 
 // What the scales of n values need, as many values further on
 inline void fetch_scales(const Matrix& m, int64_t block, int64_t further, int64_t n) {
@@ -64,11 +86,11 @@ inline void fetch_scales(const Matrix& m, int64_t block, int64_t further, int64_
 // N rows of W from `row` on, in float32. ALIGNED: rows are whole blocks, so that lanes keep their blocks from step to
 // step.
 template <int N, bool ALIGNED>
-inline void gemv4(const Matrix& m, const V::T16& table, const float* x, int64_t row, int64_t n_blocks, float* room,
-                  float* y) {
+inline void gemv4(const Scales& of, const V::T16& table, const float* x, int64_t row, float* room, float* y) {
+    const Matrix& m = of.m;
     const int log2 = m.block_log2;
     const int64_t start = row * m.cols, b0 = start >> log2, mask = (int64_t(1) << log2) - 1;
-    const float* scales = scales_of(m, b0, ((start + N * m.cols - 1) >> log2) + 1, n_blocks, room);
+    const float* scales = of.of(b0, ((start + N * m.cols - 1) >> log2) + 1, room);
     const uint8_t* codes = m.codes + start / 2;
     const int64_t row_bytes = m.cols / 2;
     const int64_t group = N * row_bytes, ahead = (AHEAD + group - 1) / group * group;  // whole groups of rows
@@ -111,12 +133,12 @@ inline void gemv4(const Matrix& m, const V::T16& table, const float* x, int64_t 
 
 template <bool ALIGNED>
 inline void gemv4_rows(const Product& p, const float* x, int64_t first, int64_t last, float* y) {
-    const int64_t n_blocks = ((p.m.rows * p.m.cols - 1) >> p.m.block_log2) + 1;
+    const Scales of(p.m);
     const V::T16 table = V::table16(p.m.table);
     float room[ROOM];
     int64_t r = first;
-    for (; r + ROWS <= last; r += ROWS) gemv4<ROWS, ALIGNED>(p.m, table, x, r, n_blocks, room, y + r - first);
-    for (; r < last; ++r) gemv4<1, ALIGNED>(p.m, table, x, r, n_blocks, room, y + r - first);
+    for (; r + ROWS <= last; r += ROWS) gemv4<ROWS, ALIGNED>(of, table, x, r, room, y + r - first);
+    for (; r < last; ++r) gemv4<1, ALIGNED>(of, table, x, r, room, y + r - first);
 }
 
 inline float gemv8(const Matrix& m, bool uniform, const float* x, int64_t row) {
@@ -190,21 +212,12 @@ inline void part_row(const uint16_t* x, int64_t cols, uint16_t* out) {
     }
 }
 
-// The scale of each 64 of n values from `start` on
-inline const float* scales_by_64(const Matrix& m, int64_t start, int64_t n, int64_t n_blocks, float* room) {
-    const int64_t b0 = start >> m.block_log2, of_64 = m.block_log2 - 6;
-    const float* scales = scales_of(m, b0, ((start + n - 1) >> m.block_log2) + 1, n_blocks, room);
-    if (!of_64) return scales;
-    float* out = room + ROOM / 2;
-    for (int64_t i = 0; i < n / 64; ++i) out[i] = scales[((start / 64 + i) >> of_64) - b0];
-    return out;
-}
-
 // Columns [k, k + depth) of a row as weights
-inline void make_pairs(const Matrix& m, F table, int64_t row, int64_t k, int64_t depth, int64_t n_blocks, uint16_t* out) {
+inline void make_pairs(const Scales& of, F table, int64_t row, int64_t k, int64_t depth, uint16_t* out) {
+    const Matrix& m = of.m;
     const int64_t start = row * m.cols + k;
     float room[ROOM];
-    const float* scales = scales_by_64(m, start, depth, n_blocks, room);
+    const float* scales = of.by_64(start, depth, room);
     const uint8_t* codes = m.codes + start / 2;
     for (int64_t j = 0; j < depth; j += 64) {
         V::H high, low;
@@ -217,14 +230,14 @@ inline void make_pairs(const Matrix& m, F table, int64_t row, int64_t k, int64_t
 // How far ahead of what is multiplied codes are fetched: one row of W is one stream, which the second cache holds
 inline int64_t ahead_of(int64_t R, int64_t row_bytes) { return R == 1 ? 2 * AHEAD : up(2 * AHEAD, R * row_bytes); }
 
-// R rows of W from `row` on times all N rows of x: the weights stay in registers. The lanes of each sum are left apart.
+// R rows of W from `row` on, whose scales are given by 64, times all N rows of x: the weights stay in registers. The lanes
+// of each sum are left apart.
 template <int R, int N>
-INLINE void corner_of_codes(const Matrix& m, F table, const uint16_t* x, int64_t row, int64_t last, int64_t n_blocks,
-                            float* room, F (&total)[N][R]) {
+INLINE void corner_of_codes(const Matrix& m, F table, const float* scales, const uint16_t* x, int64_t row, int64_t last,
+                            F (&total)[N][R]) {
     constexpr int CHAINS = R * N == 1 ? 4 : R * N <= 4 ? 2 : 1;  // a sum waits for itself: several, added at the end
     constexpr int TWICE = CHAINS == 4 ? 2 : 1;
     const int64_t start = row * m.cols, row_bytes = m.cols / 2;
-    const float* scales = scales_by_64(m, start, R * m.cols, n_blocks, room);
     const uint8_t* codes = m.codes + start / 2;
     const int64_t ahead = ahead_of(R, row_bytes);
     const int64_t to_fetch = (last - row) * row_bytes - ahead;  // what lies behind is another thread's to read
@@ -268,29 +281,36 @@ template <int N>
 inline void from_codes(const Product& p, const uint16_t* x, int64_t first, int64_t last) {
     constexpr int R = N == 1 ? 1 : 4;  // with one row of x memory is waited for, and likes one stream
     constexpr int64_t PIECE = 64;
-    const int64_t n_blocks = ((p.m.rows * p.m.cols - 1) >> p.m.block_log2) + 1;
+    const int64_t cols = p.m.cols, at_once = least(W, 64 * (ROOM / 2) / cols);  // rows whose scales are computed together
+    const Scales of(p.m);
     const F table = V::load(p.m.table);
     float y[N * PIECE + W], room[ROOM];
-    const int64_t start = first * p.m.cols, fetched = least(last * p.m.cols - start, 2 * ahead_of(R, p.m.cols / 2));
+    const int64_t start = first * cols, fetched = least(last * cols - start, 2 * ahead_of(R, cols / 2));
     fetch_scales(p.m, start >> p.m.block_log2, 0, fetched);
     for (int64_t i = 0; i < fetched / 2; i += 64) V::prefetch(p.m.codes + start / 2 + i);
     for (int64_t r = first; r < last; r += PIECE) {
         const int64_t n = least(PIECE, last - r);
         int64_t i = 0;
         for (F part[1][W]; N == 1 && i + W <= n; i += W) {  // one by one, their lanes added together
-            for (int k = 0; k < W; ++k) {
-                F one[1][1];
-                corner_of_codes<1, 1>(p.m, table, x, r + i + k, last, n_blocks, room, one);
-                part[0][k] = one[0][0];
+            for (int64_t k = 0; k < W;) {
+                const int64_t stop = least(W, k + at_once);
+                const float* scales = of.by_64((r + i + k) * cols, (stop - k) * cols, room);
+                for (; k < stop; ++k, scales += cols / 64) {
+                    F one[1][1];
+                    corner_of_codes<1, 1>(p.m, table, scales, x, r + i + k, last, one);
+                    part[0][k] = one[0][0];
+                }
             }
             put_sums<W, 1>(part, y + i, PIECE);
         }
         for (F four[N][R]; i + R <= n; i += R) {
-            corner_of_codes<R, N>(p.m, table, x, r + i, last, n_blocks, room, four);
+            const float* scales = of.by_64((r + i) * cols, R * cols, room);
+            corner_of_codes<R, N>(p.m, table, scales, x, r + i, last, four);
             put_sums<R, N>(four, y + i, PIECE);
         }
         for (F one[N][1]; i < n; ++i) {
-            corner_of_codes<1, N>(p.m, table, x, r + i, last, n_blocks, room, one);
+            const float* scales = of.by_64((r + i) * cols, cols, room);
+            corner_of_codes<1, N>(p.m, table, scales, x, r + i, last, one);
             put_sums<1, N>(one, y + i, PIECE);
         }
         for (int k = 0; k < N; ++k) put_row(p, k, r, n, y + k * PIECE);
@@ -312,14 +332,14 @@ constexpr int64_t GROUP = 64;
 constexpr int ABREAST = W == 16 ? 4 : 3;  // rows of x in a corner: 16 vectors of sums, or with 16 registers 12
 
 template <class Dot>
-inline void make_dense(const Product& p, bool uniform, int64_t n_blocks, int64_t r, int64_t rows, int64_t k, int64_t depth,
+inline void make_dense(const Product& p, bool uniform, const Scales& of, int64_t r, int64_t rows, int64_t k, int64_t depth,
                        typename Dot::D::T* w) {
     const int64_t real = least(depth, p.m.cols - k);
     for (int64_t i = 0; i < rows; ++i) {
 #ifdef DELTAW_BF16_DOT
         if constexpr (Dot::K == 2 * W)
             if (in_pairs(p)) {
-                make_pairs(p.m, V::load(p.m.table), r + i, k, depth, n_blocks, w + i * depth);
+                make_pairs(of, V::load(p.m.table), r + i, k, depth, w + i * depth);
                 continue;
             }
 #endif
@@ -331,14 +351,14 @@ inline void make_dense(const Product& p, bool uniform, int64_t n_blocks, int64_t
 
 // Rows [r, r + rows) of W with rows [g, g + GROUP) of x
 template <class Dot>
-inline void panel(const Product& p, bool uniform, int64_t n_blocks, const typename Dot::D::T* x, int64_t x_stride, int64_t g,
+inline void panel(const Product& p, bool uniform, const Scales& of, const typename Dot::D::T* x, int64_t x_stride, int64_t g,
                   int64_t r, int64_t rows) {
     alignas(64) typename Dot::D::T w[PANEL * DEEP];
     alignas(64) float sums[GROUP * PANEL], part[GROUP * PANEL];
     const int64_t n = least(GROUP, p.n - g);
     for (int64_t k = 0; k < p.m.cols; k += DEEP) {
         const int64_t depth = least(DEEP, up(p.m.cols - k, Dot::K));
-        make_dense<Dot>(p, uniform, n_blocks, r, rows, k, depth, w);
+        make_dense<Dot>(p, uniform, of, r, rows, k, depth, w);
         const Dense t = {w, x + g * x_stride + k, nullptr, nullptr, rows, depth, n, x_stride, PANEL, 0, 0, 0};
         float* y = k ? part : sums;
         int64_t i = 0;
@@ -393,10 +413,10 @@ void product_prepare(const Product& p, void* scratch) {
 template <class Dot>
 inline void panels(const Product& p, const void* x, int64_t x_stride, int64_t first, int64_t last) {
     const bool uniform = is_uniform(p.m);
-    const int64_t n_blocks = ((p.m.rows * p.m.cols - 1) >> p.m.block_log2) + 1;
+    const Scales of(p.m);
     for (int64_t g = 0; g < p.n; g += GROUP)
         for (int64_t r = first; r < last; r += PANEL)
-            panel<Dot>(p, uniform, n_blocks, (const typename Dot::D::T*)x, x_stride, g, r, least(PANEL, last - r));
+            panel<Dot>(p, uniform, of, (const typename Dot::D::T*)x, x_stride, g, r, least(PANEL, last - r));
 }
 
 void product(const Product& p, const void* scratch, int64_t first, int64_t last) {
