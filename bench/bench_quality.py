@@ -87,7 +87,8 @@ def one(study: str, label: str, task: str, seed: int, args: argparse.Namespace) 
             *_, done = deltaw.train(recipe, Path(folder) / "run")
             run = json.loads((Path(folder) / "run" / "run.json").read_text())
             start = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[0])
-            row |= {"trainable": start["parameters"], "lr": run["recipe"]["train"]["lr"], "loss": done.loss}
+            row |= {"trainable": start["parameters"], "loss": done.loss}
+            row |= {k: run["recipe"]["train"][k] for k in ("lr", "schedule")}
             row |= {"tokens": done.tokens, "settings": chosen}
             where, adapter = (args.base, done.adapter) if done.adapter else (done.model, None)
         model = deltaw.load_base(where, dtype="auto", **how)
@@ -101,15 +102,19 @@ def one(study: str, label: str, task: str, seed: int, args: argparse.Namespace) 
 
 
 Key = tuple[str, str, str, int]
+SAME = ("lr", "schedule", "device")
+"""What the rows of a table's cell share: defaults change, and rows of older ones stay in the file."""
 
 
 def newest(out: Path, **wanted: Any) -> dict[Key, dict[str, Any]]:
-    """The newest row of each run with these settings."""
+    """The newest row of each run with these settings, of runs that are alike but for the seed."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    rows = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    last = {(row["study"], row["label"], row["task"]): [row.get(k) for k in SAME] for row in rows}
     return {
         (row["study"], row["label"], row["task"], row["seed"]): row
         for row in rows
-        if all(row[k] == v for k, v in wanted.items())
+        if [row.get(k) for k in SAME] == last[row["study"], row["label"], row["task"]]
     }
 
 
@@ -188,6 +193,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--device", default="cpu")
     p.add_argument("--jobs", type=int, default=1, help="processes")
     p.add_argument("--threads", type=int, default=2, help="of each process")
+    p.add_argument("--again", action="store_true", help="make runs that have a row, too: defaults have changed")
     p.add_argument("--job", type=int, help=argparse.SUPPRESS)
     p.add_argument("--there", help=argparse.SUPPRESS)  # what had rows when the processes began
     p.add_argument("--out", type=Path, default=RESULTS)
@@ -205,7 +211,8 @@ def main() -> None:
     if args.job is not None:
         work(args)
         return
-    there = json.dumps(list(newest(args.out, limit=args.limit, budget=args.tokens)))
+    known = [] if args.again else list(newest(args.out, limit=args.limit, budget=args.tokens))
+    there = json.dumps(known)
     command = [sys.executable, __file__, *sys.argv[1:], "--there", there]
     parts = [subprocess.Popen([*command, "--job", str(j)]) for j in range(args.jobs)]
     if failed := [p.returncode for p in parts if p.wait()]:
