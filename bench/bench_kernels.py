@@ -118,10 +118,10 @@ def medians(tools: Timed, rounds: int, against: str) -> dict[str, Any]:
     }
 
 
-def show(title: str, found: dict[str, Any], n_bytes: int | None = None) -> dict[str, Any]:
+def show(title: str, found: dict[str, Any], n_bytes: dict[str, int] | None = None) -> dict[str, Any]:
     print(f"\n{title}")
     for name, row in found.items():
-        rate = f"  {n_bytes / row['median_s'] / 1e9:6.1f} GB/s" if n_bytes else ""
+        rate = f"  {n_bytes[name] / row['median_s'] / 1e9:6.1f} GB/s" if n_bytes else ""
         spread = f"{row['min_s'] * 1e3:9.2f} to {row['max_s'] * 1e3:9.2f}"
         print(f"  {name:34} {row['median_s'] * 1e3:9.2f} ms ({spread})  {row['times_ours']:6.2f} x ours{rate}")
     return found
@@ -149,14 +149,16 @@ def one_row(all_of: Matrices, rounds: int) -> dict[str, Any]:
         f"\nworking set: {all_of.code_bytes() / 2**30:.2f} GiB of codes, {all_of.bytes() / 2**30:.2f} GiB with scales,"
     )
     print(f"  read loop {4 * len(beside) / 2**30:.2f} GiB; {len(all_of.plain)} matrices")
-    found = show("one row, all layers", medians(tools, rounds, "ours"), all_of.bytes())
+    n_bytes = dict.fromkeys(tools, all_of.bytes())
+    n_bytes["ours, double quantisation"] = sum(size_of(b) for b in doubly)
+    n_bytes["the same over the codes"] = all_of.code_bytes()
+    found = show("one row, all layers", medians(tools, rounds, "ours"), n_bytes)
     if "a loop that only reads" in found:
         loop = all_of.bytes() / found["a loop that only reads"]["median_s"]
-        less = sum(size_of(b) for b in doubly)
-        for name, n, key in (("ours", all_of.bytes(), ""), ("ours, double quantisation", less, "_double_quant")):
-            share = n / found[name]["median_s"] / loop
-            print(f"  {name} reads its {n / 2**30:.2f} GiB at {100 * share:.0f} % of the loop's rate")
-            found[f"share_of_bandwidth{key}"] = round(share, 3)
+        for name, key in (("ours", ""), ("ours, double quantisation", "_double_quant")):
+            n, seconds = n_bytes[name], found[name]["median_s"]
+            print(f"  {name} reads its {n / 2**30:.2f} GiB at {100 * n / seconds / loop:.0f} % of the loop's rate")
+            found[f"share_of_bandwidth{key}"] = round(n / seconds / loop, 3)
     return found
 
 
