@@ -39,6 +39,7 @@ GRIDS: dict[str, list[float]] = {
     "lora+": [5e-5, 2e-4, 5e-4, 1e-3],
     "pissa": [5e-5, 2e-4, 5e-4, 1e-3],
     "qlora": [2e-4, 5e-4, 1e-3, 2e-3],
+    "loftq": [2e-4, 5e-4, 1e-3, 2e-3],
     "dora": [2e-4, 5e-4, 1e-3, 2e-3],
     "longlora": [1e-4, 2e-4, 5e-4, 1e-3],
     "vera": [3e-3, 1e-2, 3e-2, 1e-1],

@@ -21,6 +21,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter": {"method": "lora", "rank": 16, "alpha": 32},
         "base": {"format": "nf4", "double_quant": True},
     },
+    "loftq": {
+        "adapter": {"method": "lora", "rank": 16, "alpha": 32, "start": "loftq"},
+        "base": {"format": "nf4", "double_quant": True},
+    },
     "dora": {"adapter": {"method": "dora", "rank": 16, "alpha": 32}},
     "longlora": {"adapter": {"method": "longlora", "rank": 16, "alpha": 32}},
     "vera": {"adapter": {"method": "vera", "rank": 256}},
@@ -32,5 +36,5 @@ METHODS: dict[str, dict[str, Any]] = {
     "ptuning": {"adapter": {"method": "ptuning", "n_tokens": 20}},
     "prompt": {"adapter": {"method": "prompt", "n_tokens": 20}},
 }
-LORA_LIKE = ("lora", "lora+", "pissa", "qlora", "dora", "longlora")
+LORA_LIKE = ("lora", "lora+", "pissa", "qlora", "loftq", "dora", "longlora")
 """Those that must come within 0.03 of full fine-tuning."""

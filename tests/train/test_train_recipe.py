@@ -258,7 +258,7 @@ def test_the_recipes_that_ship_load() -> None:
 def test_train_recipe_rate_follows_the_settings_that_want_another() -> None:
     rates = {
         0.001: {"method": "lora"},
-        0.0003: {"method": "lora", "start": "pissa"},
+        0.0002: {"method": "lora", "start": "pissa"},
         0.003: {"method": "houlsby", "placement": "parallel"},
     }
     for rate, adapter in rates.items():

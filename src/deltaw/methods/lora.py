@@ -56,7 +56,7 @@ class Lora(LowRank):
 
     @property
     def rate(self) -> float:
-        return 0.3 * self.lr if self.start in ("pissa", "olora") else self.lr  # both factors move from the first step
+        return 0.2 * self.lr if self.start in ("pissa", "olora") else self.lr  # both factors move from the first step
 
     @property
     def calibrates(self) -> int:
