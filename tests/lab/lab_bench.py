@@ -8,6 +8,7 @@ from deltaw.lab.base import Lab
 from deltaw.lab.controls import read
 from deltaw.lab.picture import Picture
 from deltaw.lab.pictures import pictures_of
+from deltaw.lab.server import shown
 
 STARTER = "smollm2-135m-instruct"
 
@@ -22,6 +23,13 @@ class Bench:
     def __call__(self, number: int, **given: Any) -> dict[str, Any]:
         picture = self.pictures[number]
         return picture.compute(self.lab, read(picture.controls, given))
+
+    def shown(self, number: int, **given: Any) -> dict[str, Any]:
+        """What the server answers, asked until nothing of it is still made, as the page does."""
+        found = shown(self.lab, self.pictures[number], given)
+        while found["data"].get("pending"):
+            found = shown(self.lab, self.pictures[number], given)
+        return found
 
     def act(self, number: int, **given: Any) -> dict[str, Any]:
         picture = self.pictures[number]

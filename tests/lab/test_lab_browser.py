@@ -16,9 +16,9 @@ from lab_page import Page
 from typer.testing import CliRunner
 
 from deltaw.cli.main import app
+from deltaw.lab import counts
 from deltaw.lab.controls import drawn
 from deltaw.lab.export import write_site
-from deltaw.lab.server import shown
 
 pytestmark = [pytest.mark.browser, pytest.mark.starter, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -29,7 +29,7 @@ START: dict[int, dict[str, Any]] = {11: {"model": "gpt2"}}  # the smallest shape
 
 def said(starter: Bench, number: int, **state: Any) -> dict[str, Any]:
     """What the library says; of 11 what it said when it was asked, since this process grows in the meantime."""
-    return shown(starter.lab, starter.pictures[number], state) if number == 11 else starter(number, **state)
+    return starter.shown(number, **state) if number == 11 else starter(number, **state)
 
 
 @pytest.mark.parametrize("number", EVERY)
@@ -179,6 +179,61 @@ def test_lab_browser_a_far_step_is_shown_as_it_is_trained(page: Page, starter: B
     assert seen == [(n, str(n - 1), f"step {n - 1}; training goes on to step 3") for n in (1, 2, 3)]
     assert page.page.inner_text("#drawing [role=status]") == ""
     assert page.numbers() == texts(starter.act(9, step=3, rank=2))
+
+
+def test_lab_browser_bars_that_are_still_computed_are_named_and_come(
+    page: Page, starter: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    gates = {"full": threading.Event(), "LoRA": threading.Event(), "QLoRA": threading.Event()}
+    real = counts.planned
+
+    def slow(lab: Any, c: Any, method: str) -> Any:
+        assert gates[method].wait(60)
+        return real(lab, c, method)
+
+    monkeypatch.setattr(counts, "planned", slow)
+    page.page.goto(f"{page.url}/#11?model=gpt2&rank=13")
+    state = {"model": "gpt2", "rank": 13}
+    told = page.page.locator("#drawing [role=status]")
+    for left in (["full", "LoRA", "QLoRA"], ["LoRA", "QLoRA"], ["QLoRA"]):
+        page.page.wait_for_function(
+            "told => document.querySelector('#drawing [role=status]')?.innerText === told",
+            arg=f"still being computed: {', '.join(left)}",
+        )
+        assert [m for m, text in page.numbers().items() if text == "being computed"] == left
+        assert page.page.locator("#drawing svg text", has_text="being computed").count() == len(left)
+        assert page.page.get_attribute("body", "aria-busy") == "true"
+        gates[left[0]].set()
+    page.ready()
+    assert told.inner_text() == ""
+    assert "being computed" not in page.page.inner_text("main")
+    assert page.numbers() == texts(starter.shown(11, **state))
+    assert page.wrong == []
+
+
+def test_lab_browser_a_slider_that_moves_on_leaves_no_bars_behind(
+    page: Page, starter: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    gate = threading.Event()
+    real = counts.planned
+    asked: list[tuple[int, str]] = []
+
+    def slow(lab: Any, c: Any, method: str) -> Any:
+        asked.append((c.rank, method))
+        assert c.rank != 21 or gate.wait(60)
+        return real(lab, c, method)
+
+    monkeypatch.setattr(counts, "planned", slow)
+    page.page.goto(f"{page.url}/#11?model=gpt2&rank=21")
+    page.page.wait_for_selector("#drawing [role=status]:text('still being computed')")
+    page.page.locator("#control-rank").focus()
+    page.page.keyboard.press("ArrowRight")
+    page.page.wait_for_function("location.hash.includes('rank=22')")
+    gate.set()
+    page.ready()
+    assert page.numbers() == texts(starter.shown(11, model="gpt2", rank=22))
+    assert [rank for rank, _ in asked] in ([21, 22, 22, 22], [21, 21, 22, 22, 22])
+    assert page.wrong == []
 
 
 def test_lab_browser_step_trains_and_the_lesson_answers(page: Page, starter: Bench):

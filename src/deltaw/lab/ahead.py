@@ -103,7 +103,7 @@ def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
     for name in lab.sizes:
         yield partial(shortened, find_config(lab.path(name))[0], None)
         for method in counts.METHODS_OF_11:
-            yield partial(_planned, lab, read(pictures[11].controls, {"model": name}), method)
+            yield partial(counts.planned, lab, read(pictures[11].controls, {"model": name}), method)
     for shape in sorted({(s.out_features, s.in_features) for s in lab.linear.values()}):
         yield partial(noise_values, lab, *shape)
     yield from _decompositions(lab, pictures[6])
@@ -132,8 +132,3 @@ def _decompositions(lab: Lab, picture: Picture) -> Iterator[Job]:
             if left < 0:
                 return
             yield partial(lab.directions, *key)
-
-
-def _planned(lab: Lab, controls: Any, method: str) -> None:
-    with lab.lock:
-        counts.planned(lab, controls, method)

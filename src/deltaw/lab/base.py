@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from deltaw.core.site import LinearSite
 from deltaw.core.spec import MethodSpec
 from deltaw.errors import BadInput
+from deltaw.lab.soon import Soon
 from deltaw.merge.factors import Directions, directions
 from deltaw.model.base import load_base
 from deltaw.model.model import Model
@@ -58,7 +59,7 @@ class Lab:
     base      a folder, a hub id or a starter name
     adapters  name -> folder of an adapter that is attached beside the base
 
-    Work is done by one thread at a time (`lock`); what is kept is read without waiting.
+    Work is done by one thread at a time (`lock`), plans by one (`planning`); what is kept is read without waiting.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Lab:
         self.lock = RLock()
         self._kept: OrderedDict[Any, Any] = OrderedDict()
         self.planned = Kept(models=PLANNED)
+        self.planning = Lock()
+        self.soon = Soon()
         self.lesson: Any = None  # of pictures 9 and 10 (live.py)
         self.merged: Any = None
         self._directions: OrderedDict[tuple[int, str], Directions] = OrderedDict()
@@ -89,6 +92,10 @@ class Lab:
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             return found
+
+    def kept(self, key: Any) -> Any:
+        """What is remembered under a key; None: nothing."""
+        return self._kept.get(key)
 
     @cached_property
     def model(self) -> Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from deltaw.core.site import LinearSite
@@ -185,14 +187,27 @@ def planned(lab: Lab, c: Any, method: str) -> Plan:
             "train": {"checkpointing": c.again, "tokens_per_step": c.batch * length},
         }
     )
-    return Planner(recipe, Work.of_rows(c.batch, length), kept=lab.planned).plan()
+    with lab.planning:
+        return Planner(recipe, Work.of_rows(c.batch, length), kept=lab.planned).plan()
 
 
 def memory(lab: Lab, c: Any) -> Plain:
     """Bytes by cause at the peak of a run, for full fine-tuning, LoRA and QLoRA."""
+    return _memory(c, {method: planned(lab, c, method) for method in METHODS_OF_11})
+
+
+def memory_soon(lab: Lab, c: Any) -> Plain:
+    """The same as far as it is planned by now: `pending` names the methods that are not."""
+    return _memory(c, lab.soon.get(c, {method: partial(planned, lab, c, method) for method in METHODS_OF_11}))
+
+
+def _memory(c: Any, plans: Mapping[str, Plan]) -> Plain:
     bars, numbers = [], []
     for method in METHODS_OF_11:
-        plain = planned(lab, c, method).plain()
+        if method not in plans:
+            numbers.append(number(method, f"{method}: peak", "", "being computed"))
+            continue
+        plain = plans[method].plain()
         fits = [card for card in CARDS if plain["needed_bytes"] <= card * 1e9]
         where = f"fits {fits[0]} GB" if fits else f"over {CARDS[-1]} GB"
         numbers.append(
@@ -200,7 +215,6 @@ def memory(lab: Lab, c: Any) -> Plain:
         )
         kept = {"bytes": plain["bytes"], "peak": plain["peak_bytes"], "moment": plain["peak_moment"]}
         bars.append({"method": method, "dtype": plain["settings"]["dtype"], **kept})
-    return {
-        "numbers": numbers,
-        "data": {"bars": bars, "causes": [*CAUSES, "file"], "cards": list(CARDS), "model": c.model},
-    }
+    pending = [method for method in METHODS_OF_11 if method not in plans]
+    shown = {"causes": [*CAUSES, "file"], "cards": list(CARDS), "model": c.model, "methods": list(METHODS_OF_11)}
+    return {"numbers": numbers, "data": {"bars": bars, "pending": pending, **shown}}

@@ -41,6 +41,8 @@ class Picture:
 
     compute  (lab, controls) -> {"numbers", "data"}; pure but for the lab's cache
     act      the same where something is changed first (a training step, an answer); None: nothing is
+    soon     the same within a moment, as far as it is there: data.pending names what is still made, and whoever wants
+             that asks again; None: `compute` takes no longer
     """
 
     number: int
@@ -48,6 +50,7 @@ class Picture:
     controls: type[Controls]
     compute: Callable[[Lab, Any], Plain]
     act: Callable[[Lab, Any], Plain] | None = None
+    soon: Callable[[Lab, Any], Plain] | None = None
 
     def plain(self) -> Plain:
         """What the page needs to draw the frame of the picture."""

@@ -22,8 +22,9 @@ _MAKERS = {
     12: (blocks.methods_controls, blocks.methods, None),
     13: (lowrank.plateau_controls, lowrank.plateau, None),
 }
+_SOON = {11: counts.memory_soon}
 
 
 def pictures_of(lab: Lab) -> dict[int, Picture]:
     """Every picture by its number, with controls that fit the lab's base."""
-    return {n: Picture(n, WORDS[n], make(lab), show, act) for n, (make, show, act) in _MAKERS.items()}
+    return {n: Picture(n, WORDS[n], make(lab), show, act, _SOON.get(n)) for n, (make, show, act) in _MAKERS.items()}

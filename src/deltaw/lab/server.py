@@ -45,12 +45,19 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def shown(lab: Lab, picture: Picture, given: Mapping[str, Any]) -> Plain:
-    """A picture at these controls. Raises BadInput with a sentence; what does not change is computed once."""
+    """A picture at these controls, or what is there of it (Picture.soon). What does not change is computed once.
+
+    Raises BadInput with a sentence.
+    """
     chosen = read(picture.controls, given)
     if picture.act is not None:  # it shows where something live stands
         with lab.lock:
             return picture.compute(lab, chosen)
-    return lab.keep((picture.number, chosen.model_dump_json()), lambda: picture.compute(lab, chosen))
+    key = picture.number, chosen.model_dump_json()
+    if picture.soon is None:
+        return lab.keep(key, lambda: picture.compute(lab, chosen))
+    found: Plain = lab.kept(key) or picture.soon(lab, chosen)
+    return found if found["data"]["pending"] else lab.keep(key, lambda: found)
 
 
 def make_app(

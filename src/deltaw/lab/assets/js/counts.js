@@ -105,21 +105,25 @@ export function draw11(data) {
   const shown = data.causes.filter((cause) => data.bars.some((b) => b.bytes[cause] > 0));
   const colour = Object.fromEntries(data.causes.map((cause, i) => [cause, KINDS[i]]));
   const parts = data.bars.flatMap((b) => shown.map((cause) => ({ method: b.method, cause, gb: (b.bytes[cause] ?? 0) / 1e9 })));
-  const most = Math.max(...data.bars.map((b) => b.peak / 1e9));
+  const most = Math.max(0, ...data.bars.map((b) => b.peak / 1e9));
   const cards = data.cards.filter((c) => c < most * 3);
+  const made = new Map(data.bars.map((b) => [b.method, b]));
+  const gb = (method, cause) => (made.has(method) ? ((made.get(method).bytes[cause] ?? 0) / 1e9).toFixed(3) : "...");
   return [
     legend(shown.map((cause) => [cause, colour[cause]])),
     chart(`Memory at the peak of training ${data.model} by cause, with single GPUs of ${data.cards.join(", ")} GB as lines`, {
-      height: 280, marginLeft: 70, marginRight: 80, marginTop: 30, x: { label: "GB at the peak", grid: true, domain: [0, Math.max(most, cards.length ? Math.max(...cards) : 0) * 1.02] },
-      y: { label: null, domain: data.bars.map((b) => b.method) },
+      height: 280, marginLeft: 70, marginRight: 80, marginTop: 30, x: { label: "GB at the peak", grid: true, domain: [0, Math.max(most, ...cards) * 1.02 || 1] },
+      y: { label: null, domain: data.methods },
       marks: [
         Plot.barX(parts, Plot.stackX({ x: "gb", y: "method", fill: (d) => colour[d.cause], order: shown, z: "cause" })),
         Plot.ruleX(cards, { stroke: css("text"), strokeDasharray: "4 3", strokeWidth: 1.5 }),
         Plot.text(data.bars, { x: (d) => d.peak / 1e9, y: "method", text: (d) => bytes(d.peak), dx: 5, textAnchor: "start", ...rimmed() }),
+        Plot.text(data.pending, { frameAnchor: "left", y: (d) => d, text: () => "being computed", dx: 6, ...rimmed() }),
         Plot.text(cards, { x: (d) => d, frameAnchor: "top", text: (d) => (room() > 500 ? `${d} GB` : d), dy: -16 }),
       ],
     }),
-    table("the same in GB", [["cause", (cause) => cause], ...data.bars.map((b) => [b.method, (cause) => ((b.bytes[cause] ?? 0) / 1e9).toFixed(3), "number"])], shown),
-    make("p", { class: "flow" }, `Dashed: single GPUs of ${data.cards.join(", ")} GB. ${data.bars.map((b) => `${b.method} in ${b.dtype}`).join(", ")}. Each bar is its fullest moment; without activations, that is when they are freed again.`),
+    table("the same in GB", [["cause", (cause) => cause], ...data.methods.map((m) => [m, (cause) => gb(m, cause), "number"])], shown),
+    make("p", { class: "flow" }, `Dashed: single GPUs of ${data.cards.join(", ")} GB. ${data.bars.map((b) => `${b.method} in ${b.dtype}. `).join("")}Each bar is its fullest moment; without activations, that is when they are freed again.`),
+    make("p", { role: "status" }, data.pending.length ? `still being computed: ${data.pending.join(", ")}` : ""),
   ];
 }

@@ -72,7 +72,8 @@ function redraw() {
   if (focused >= 0) $("drawing").querySelectorAll("button")[focused]?.focus();
 }
 
-// One answer; of picture 9 what is there, and then each step as it is made, up to the one that is asked for.
+// One answer; of picture 9 what is there, and then each step as it is made, up to the one that is asked for; of a
+// picture that names what is still made (pending), what is there, and more until all is.
 async function* answers(act, signal) {
   const trains = frame.number === 9 && act;
   let found = await data.picture(frame, state, { act: act && !trains, signal });
@@ -80,6 +81,10 @@ async function* answers(act, signal) {
     found.data.wanted = state.step;
     yield found;
     found = await data.picture(frame, { ...state, step: found.data.done + 1 }, { act: true, signal });
+  }
+  for (let left = -1; found.data.pending?.length; found = await data.picture(frame, state, { signal })) {
+    if (found.data.pending.length !== left) yield found;
+    left = found.data.pending.length;
   }
   yield found;
 }
