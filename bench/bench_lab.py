@@ -9,8 +9,9 @@ whose slowest new position takes longer on a quiet machine.
 each of its controls is moved to random positions that were not asked for before, the others being where they were
 left; pictures with a model are opened on the base, on 7B and on 70B. Then the form of a recipe: the first plan of a
 base, and one change after the other. A time is of one HTTP request, from sending it to having read the answer. Between
-two requests are --pause seconds, and --warm before the first. Prints median and slowest of each in milliseconds;
-appends one JSON row to bench/results/lab.jsonl.
+two requests are --pause seconds, and --warm before the first. What a picture still makes is asked for at once: those
+answers are "asked again", and "whole" is the time until all of a position was there. Prints median and slowest of each
+in milliseconds; appends one JSON row to bench/results/lab.jsonl.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Client:
         self._headers = {"content-type": "application/json", "origin": f"http://127.0.0.1:{port}"}
         self._pause_s = pause_s
 
-    def ask(self, path: str, given: Recipe | None = None) -> tuple[float, int, Any]:
+    def ask(self, path: str, given: Recipe | None = None, *, pause: bool = True) -> tuple[float, int, Any]:
         """Milliseconds, status and JSON of a GET, or of a POST of `given`."""
         body = None if given is None else json.dumps(given)
-        time.sleep(self._pause_s)
+        time.sleep(self._pause_s if pause else 0)
         began = time.perf_counter()
         self._http.request("GET" if body is None else "POST", path, body, self._headers)
         answer = self._http.getresponse()
@@ -101,17 +102,30 @@ class Walk:
         self._client, self._rng = client, rng
         self.state = {name: c["default"] for name, c in self.controls.items()}
         self._asked: set[str] = set()
+        self.again: list[float] = []
+        self.whole: list[float] = []
 
     def open(self, **changes: Any) -> float | None:
-        """Milliseconds of the present position after `changes`; None: the library refuses it."""
+        """Milliseconds of the present position after `changes`; None: the library refuses it.
+
+        Where parts of it are still made (picture 11), they are asked for until all are there: `again` has the
+        milliseconds of these answers, `whole` of all of the position's together.
+        """
         self.state |= changes
         self._asked.add(self._text())
         act = self.number == STEP[0] and self.state[STEP[1]] > 0
         query = "&".join(f"{k}={_plain(v)}" for k, v in self.state.items())
         path = f"/api/pictures/{self.number}"
-        ms, status, _ = self._client.ask(path, self.state) if act else self._client.ask(f"{path}?{query}")
+        ms, status, found = self._client.ask(path, self.state) if act else self._client.ask(f"{path}?{query}")
+        later: list[float] = []
+        while status == 200 and found["data"].get("pending"):
+            more, status, found = self._client.ask(f"{path}?{query}", pause=False)
+            later.append(more)
         if status not in (200, 422):
             raise SystemExit(f"picture {self.number} answered {status} at {self.state}")
+        if status == 200:
+            self.again += later
+            self.whole.append(ms + sum(later))
         return ms if status == 200 else None
 
     def moved(self, name: str, times: int) -> list[float]:
@@ -149,9 +163,10 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "+")
 
 
-def pictures(client: Client, positions: int, rng: random.Random, only: list[str]) -> Times:
-    """Milliseconds by "picture, control" and, where there is one, the model."""
+def pictures(client: Client, positions: int, rng: random.Random, only: list[str]) -> tuple[Times, Times]:
+    """Milliseconds by "picture, control" and, where there is one, the model; and those until all of it was there."""
     found: Times = {}
+    whole: Times = {}
     for frame in client.ask("/api/pictures")[2]["pictures"]:
         if only and str(frame["number"]) not in only:
             continue
@@ -168,7 +183,10 @@ def pictures(client: Client, positions: int, rng: random.Random, only: list[str]
                     found[f"{frame['number']} {name}{where}"] = walk.moved(name, positions)
         if has_model:
             found[f"{frame['number']} model, any"] = walk.moved("model", positions)
-    return {name: times for name, times in found.items() if times}
+        if walk.again:
+            found[f"{frame['number']} asked again"] = walk.again
+            whole[f"{frame['number']} whole"] = walk.whole
+    return {name: times for name, times in found.items() if times}, whole
 
 
 def changes(rng: random.Random) -> list[tuple[str, Recipe]]:
@@ -239,11 +257,11 @@ def main() -> None:
     rng = random.Random(args.seed)
     with opened(args.pause, args.warm) as client:
         only = args.only.split(",") if args.only else []
-        times = pictures(client, args.positions, rng, only)
+        times, whole = pictures(client, args.positions, rng, only)
         times |= forms(client, args.rounds, rng) if not only or "form" in only else {}
     found = {
         name: {"positions": len(t), "median": round(statistics.median(t), 1), "slowest": round(max(t), 1)}
-        for name, t in times.items()
+        for name, t in (times | whole).items()
     }
     print(table(found))
     every = [ms for t in times.values() for ms in t]

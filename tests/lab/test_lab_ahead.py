@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from lab_bench import Bench
 
@@ -48,6 +49,24 @@ def test_lab_ahead_jobs_wait_while_a_request_is_answered_and_end_with_the_lab():
     live(ahead, inside)
     assert done[:2] == [1, 2]
     assert "ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_lab_ahead_the_first_jobs_are_done_before_the_lab_answers(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ahead, "monotonic", lambda: now[0])
+    done: list[int] = []
+
+    def job(number: int) -> None:
+        done.append(number)
+        now[0] += 0.4
+
+    early = Ahead(lambda: (partial(job, n) for n in range(4)), first_s=0.5)
+
+    def inside() -> None:
+        with early.asked():
+            assert done == [0, 1]
+
+    live(early, inside)
 
 
 def test_lab_ahead_goes_on_after_what_a_base_cannot_have():
@@ -96,13 +115,14 @@ def test_lab_ahead_garbage_is_collected_when_nobody_asks(monkeypatch):
 
 def test_lab_ahead_what_was_made_is_what_a_picture_says(tiny: Bench, tiny_folder: object):
     other = Bench(Lab(str(tiny_folder)))
-    for at, job in enumerate(jobs_of(other.lab, other.pictures)):
+    for job in jobs_of(other.lab, other.pictures):
         job()
-        if at > 13:  # the counts of methods, and plans of the smallest models
+        if other.lab.planned.traces:  # the counts of methods, and then plans, the base's own first
             break
     kept = [key for key in other.lab._kept if isinstance(key, tuple) and key[0] == "counted"]
     assert len(kept) == 7
-    assert other.lab.planned.traces
+    assert {key[0].name for key in other.lab.planned.traces} == {str(tiny_folder)}
+    assert other.lab.kept("inputs") is not None
     assert other(12, dora=True, bitfit=True) == tiny(12, dora=True, bitfit=True)
 
 

@@ -30,7 +30,7 @@ def until(get: Callable[[], dict[str, Any]], size: int) -> dict[str, Any]:
 def test_lab_soon_gives_what_is_there_and_the_rest_later_made_once():
     soon, gate = Soon(), threading.Event()
     made: list[str] = []
-    makers = {"a": lambda: made.append("a") or 1, "b": lambda: gate.wait(PATIENCE_S) and made.append("b") or 2}
+    makers = {"a": lambda: made.append("a") or 1, "b": lambda: (gate.wait(PATIENCE_S) and made.append("b")) or 2}
     assert until(lambda: soon.get("x", makers), 1) == {"a": 1}
     assert soon.get("x", makers) == {"a": 1}
     gate.set()

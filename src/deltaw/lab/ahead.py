@@ -1,8 +1,8 @@
-"""What pictures need first, computed while nobody asks: the first position of each model, matrices' noise, methods.
+"""What pictures need first, computed before it is asked for: first positions, methods, directions of every map.
 
-One thread, one small job after the other, and none while a request is answered or was a moment ago. What takes long
-is made without the lab's lock, and only then kept. Garbage is collected at such moments too: within a request it takes
-up to 30 ms.
+The first second of jobs is done before the lab answers at all. Then one thread does one small job after the other,
+and none while a request is answered or was a moment ago. What takes long is made without the lab's lock, and only then
+kept. Garbage is collected at such moments too: within a request it takes up to 30 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deltaw.errors import DeltawError
 from deltaw.lab import counts
 from deltaw.lab.base import KEPT_BYTES, Lab
 from deltaw.lab.blocks import SHOWN, keep_counted
-from deltaw.lab.controls import read
+from deltaw.lab.controls import drawn, read
 from deltaw.lab.lowrank import noise_values
 from deltaw.lab.picture import Picture
 from deltaw.ops.native.library import and_end_threads
@@ -29,6 +29,8 @@ from deltaw.train.optim.dynamic import dynamic_map
 
 QUIET_S = 0.25
 """How long nobody has asked before a job begins."""
+FIRST_S = 1.0
+"""How long jobs are done before the lab answers: they are what its first requests would wait for."""
 LARGEST = 1 << 20
 """Values of a matrix that is decomposed ahead: some 50 ms, at most a few megabytes."""
 GARBAGE = 10_000
@@ -37,10 +39,12 @@ Job = Callable[[], object]
 
 
 class Ahead:
-    """Runs jobs beside a server, from `started` on; `stopped` returns when the one that runs is done."""
+    """Runs jobs for `first_s` before a server answers, and the others beside it. It ends with the one that runs."""
 
-    def __init__(self, jobs: Callable[[], Iterator[Job]]) -> None:
+    def __init__(self, jobs: Callable[[], Iterator[Job]], first_s: float = 0.0) -> None:
         self._jobs = jobs
+        self._first_s = first_s
+        self._left: Iterator[Job] = iter(())
         self._end = Event()
         self._asking, self._last = 0, 0.0
         self._thread = Thread(target=self._run, name="ahead", daemon=True)
@@ -58,6 +62,10 @@ class Ahead:
     @asynccontextmanager
     async def beside(self, _: Any) -> Any:
         """The life of an application: jobs run inside."""
+        jobs, end = self._jobs(), monotonic() + self._first_s
+        while monotonic() < end and (job := next(jobs, None)) is not None:
+            _do(job)
+        self._left = jobs
         self._last = monotonic()
         self._thread.start()
         yield
@@ -65,11 +73,10 @@ class Ahead:
         self._thread.join()
 
     def _run(self) -> None:
-        for job in self._jobs():
+        for job in self._left:
             if not self._quiet():
                 return
-            with suppress(DeltawError):  # what cannot be had here is told to whoever asks for it
-                and_end_threads(job)  # else they count beside those of a request, which then sleep at every barrier
+            _do(job)
         if self._quiet():
             gc.collect()
             gc.freeze()  # what was made stays: a collection need not look at it again
@@ -85,6 +92,11 @@ class Ahead:
         return not self._end.is_set()
 
 
+def _do(job: Job) -> None:
+    with suppress(DeltawError):  # what cannot be had here is told to whoever asks for it
+        and_end_threads(job)  # else they count beside those of a request, which then sleep at every barrier
+
+
 def collect() -> None:
     """Collect garbage where there may be much, as Python itself would do in the middle of a plan."""
     young, middle, old = gc.get_count()
@@ -95,17 +107,18 @@ def collect() -> None:
 
 def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
     """What is worth having before it is asked for, the likeliest first."""
+    yield from (partial(_shown, lab, pictures[number]) for number in (6, 9))
+    for shape in sorted({(s.out_features, s.in_features) for s in lab.linear.values()}):
+        yield partial(noise_values, lab, *shape)
     yield lab.inputs
-    yield from (partial(dynamic_map, signed) for signed in (True, False))  # of plans with optimizer states in 8 bits
-    yield from (partial(_shown, lab, pictures[number]) for number in (9, 6))
     for key in SHOWN:
         yield partial(keep_counted, lab, key)
-    for name in lab.sizes:
+    yield from (partial(dynamic_map, signed) for signed in (True, False))  # of plans with optimizer states in 8 bits
+    likely = next(c["recorded"] for c in drawn(pictures[11].controls) if c["name"] == "model")
+    for name in dict.fromkeys((*likely, *lab.sizes)):
         yield partial(shortened, find_config(lab.path(name))[0], None)
         for method in counts.METHODS_OF_11:
             yield partial(counts.planned, lab, read(pictures[11].controls, {"model": name}), method)
-    for shape in sorted({(s.out_features, s.in_features) for s in lab.linear.values()}):
-        yield partial(noise_values, lab, *shape)
     yield from _decompositions(lab, pictures[6])
 
 

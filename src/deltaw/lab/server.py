@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from deltaw.errors import DeltawError, NotFound, WorkFailed
-from deltaw.lab.ahead import Ahead, jobs_of
+from deltaw.lab.ahead import FIRST_S, Ahead, jobs_of
 from deltaw.lab.base import Lab
 from deltaw.lab.controls import read
 from deltaw.lab.desk import Desk
@@ -76,7 +76,7 @@ def make_app(
     pictures = and_end_threads(lambda: pictures_of(lab))
     frames: dict[str, Any] = {"base": lab.label, "recorded": False, "workbench": desk is not None}
     frames["pictures"] = [p.plain() for p in pictures.values()]
-    ahead = Ahead(lambda: jobs_of(lab, pictures))
+    ahead = Ahead(lambda: jobs_of(lab, pictures), FIRST_S)
     app = FastAPI(title="deltaw lab", openapi_url=None, lifespan=ahead.beside)
 
     @app.middleware("http")
