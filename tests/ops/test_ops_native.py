@@ -231,6 +231,36 @@ print(team - before, after[0] - before, after[1] - before, count() - before, boo
     assert done.stdout.split() == ["1", "1", "0", "1", "True"]
 
 
+def test_one_thread_computes_inside_and_as_many_as_before_behind_in_this_thread_only():
+    if not Path("/proc/self/task").is_dir():
+        assert library.in_one_thread(lambda: 3) == 3
+        return
+    program = """
+import os, threading, torch
+from deltaw.ops.native import library
+x = torch.randn(1 << 20)
+count = lambda: len(os.listdir("/proc/self/task"))
+others = []
+def inside():
+    x.exp().sum()
+    here = count()
+    other = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+    other.start(), other.join()
+    return here
+before = count()
+alone = library.in_one_thread(inside) - before
+try:
+    library.in_one_thread(lambda: 1 / 0)
+except ZeroDivisionError:
+    pass
+x.exp().sum()
+print(alone, count() - before, others[0], torch.get_num_threads())
+"""
+    two = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=two)
+    assert done.stdout.split() == ["0", "1", "2", "2"]
+
+
 def test_a_path_is_forced_inside_the_block_only():
     best = native.path()
     assert native.paths()[0] == "reference"

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from threading import Event, Thread
 from time import monotonic
 from typing import Any
@@ -113,13 +114,15 @@ def jobs_of(lab: Lab, pictures: dict[int, Picture]) -> Iterator[Job]:
     yield lab.inputs
     for key in SHOWN:
         yield partial(keep_counted, lab, key)
+    matrices = _decompositions(lab, pictures[6])
+    yield from islice(matrices, lab.layers + len(lab.roles) - 1)  # where one control of picture 6 leads
     yield from (partial(dynamic_map, signed) for signed in (True, False))  # of plans with optimizer states in 8 bits
     likely = next(c["recorded"] for c in drawn(pictures[11].controls) if c["name"] == "model")
     for name in dict.fromkeys((*likely, *lab.sizes)):
         yield partial(shortened, find_config(lab.path(name))[0], None)
         for method in counts.METHODS_OF_11:
             yield partial(counts.planned, lab, read(pictures[11].controls, {"model": name}), method)
-    yield from _decompositions(lab, pictures[6])
+    yield from matrices
 
 
 def _shown(lab: Lab, picture: Picture) -> None:

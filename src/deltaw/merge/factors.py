@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import BadInput, WorkFailed
+from deltaw.ops.native.library import in_one_thread
 
 Factors = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r]."""
@@ -136,7 +137,7 @@ def directions(W: Tensor, where: str) -> Directions:
     """
     _finite(where, W)
     tall = W.T.double() if W.shape[0] < W.shape[1] else W.double()
-    squares, axes = torch.linalg.eigh(tall.T @ tall)
+    squares, axes = in_one_thread(lambda: torch.linalg.eigh(tall.T @ tall))
     return Directions(squares.flip(0).clamp_min(0).sqrt(), axes.flip(1).float())
 
 

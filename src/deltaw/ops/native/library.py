@@ -64,15 +64,19 @@ def open_library(path: Path = LIBRARY) -> tuple[Native | None, str]:
     return Native(handle, numbers, max(numbers.values())), ""
 
 
+def _torchs_library() -> ctypes.CDLL:
+    """What torch computes with, and through it what that depends on."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
 def torch_parallel() -> int | None:
     """The address of GOMP_parallel in the OpenMP library that torch itself uses; None where there is none.
 
     It is looked up among libtorch_cpu's own dependencies, so it is torch's pool whatever its file is called, and
     whoever else has loaded an OpenMP library.
     """
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(_torchs_library().GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None  # another system, or a torch with its own threads: one thread runs
 
@@ -84,12 +88,29 @@ def end_threads() -> None:
     sleeps after a few microseconds without work, and a step of hundreds of small stages wakes them each time.
     Where OpenMP is another or older, nothing is done.
     """
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        openmp = ctypes.CDLL(str(path))
+        openmp = _torchs_library()
         openmp.omp_pause_resource(1, openmp.omp_get_initial_device())  # 1: soft, what they know is kept
     except (OSError, AttributeError):
         pass
+
+
+def in_one_thread(work: Callable[[], T]) -> T:
+    """What `work` gives, computed by the calling thread alone; other threads' work is as it was.
+
+    For what has many barriers, where another process may have a processor: a team waits at each for its slowest.
+    A thread that has called torch.set_num_threads keeps that number for MKL.
+    """
+    before = torch.get_num_threads()  # the first to ask in a thread sets it
+    try:
+        set_threads = _torchs_library().omp_set_num_threads
+    except (OSError, AttributeError):
+        return work()
+    set_threads(1)
+    try:
+        return work()
+    finally:
+        set_threads(before)
 
 
 def and_end_threads(work: Callable[[], T]) -> T:
