@@ -196,10 +196,7 @@ def test_lab_browser_bars_that_are_still_computed_are_named_and_come(
     state = {"model": "gpt2", "rank": 13}
     told = page.page.locator("#drawing [role=status]")
     for left in (["full", "LoRA", "QLoRA"], ["LoRA", "QLoRA"], ["QLoRA"]):
-        page.page.wait_for_function(
-            "told => document.querySelector('#drawing [role=status]')?.innerText === told",
-            arg=f"still being computed: {', '.join(left)}",
-        )
+        page.page.wait_for_selector(f"#drawing [role=status]:text-is('still being computed: {', '.join(left)}')")
         assert [m for m, text in page.numbers().items() if text == "being computed"] == left
         assert page.page.locator("#drawing svg text", has_text="being computed").count() == len(left)
         assert page.page.get_attribute("body", "aria-busy") == "true"
@@ -228,7 +225,7 @@ def test_lab_browser_a_slider_that_moves_on_leaves_no_bars_behind(
     page.page.wait_for_selector("#drawing [role=status]:text('still being computed')")
     page.page.locator("#control-rank").focus()
     page.page.keyboard.press("ArrowRight")
-    page.page.wait_for_function("location.hash.includes('rank=22')")
+    assert "rank=22" in page.page.evaluate("location.hash")
     gate.set()
     page.ready()
     assert page.numbers() == texts(starter.shown(11, model="gpt2", rank=22))
