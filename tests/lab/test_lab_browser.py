@@ -216,7 +216,8 @@ def test_lab_browser_a_slider_that_moves_on_leaves_no_bars_behind(
     asked: list[tuple[int, str]] = []
 
     def slow(lab: Any, c: Any, method: str) -> Any:
-        asked.append((c.rank, method))
+        if c.rank in (21, 22):  # others are made ahead
+            asked.append((c.rank, method))
         assert c.rank != 21 or gate.wait(60)
         return real(lab, c, method)
 
