@@ -65,9 +65,13 @@ def browser() -> Iterator[Any]:
         one.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(starter: Bench) -> Iterator[str]:
-    """The lab on the real starter, served as `deltaw lab` serves it."""
+    """The lab on the real starter, served as `deltaw lab` serves it.
+
+    It ends with the module: what it makes ahead builds networks, for which transformers sets the dtype of the process,
+    and tests of other folders build theirs.
+    """
     with served(make_app(starter.lab)) as address:
         yield address
 
