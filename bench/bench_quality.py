@@ -107,13 +107,13 @@ SAME = ("lr", "schedule", "device")
 
 
 def newest(out: Path, **wanted: Any) -> dict[Key, dict[str, Any]]:
-    """The newest row of each run with these settings, of runs that are alike but for the seed."""
+    """The newest row of each run with these settings, of runs that are alike but for the seed; in the seeds' order."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     rows = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
     last = {(row["study"], row["label"], row["task"]): [row.get(k) for k in SAME] for row in rows}
     return {
         (row["study"], row["label"], row["task"], row["seed"]): row
-        for row in rows
+        for row in sorted(rows, key=lambda row: row["seed"])
         if [row.get(k) for k in SAME] == last[row["study"], row["label"], row["task"]]
     }
 
