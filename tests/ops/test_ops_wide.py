@@ -76,7 +76,7 @@ def test_ops_wide_equals_its_sum_in_float64(
     given.append(Term(strided(n, terms), Frozen(weight, back)))
     with forced(path):
         for bias, onto in ((None, None), (torch.randn(wide), strided(n, wide))):
-            native = path == "avx512_bf16" and wide_calls.available()
+            native = path in ("avx512_bf16", "amx") and wide_calls.available()
             check([Band(strided(n, wide), given, bias, onto)], native and rank <= wide_calls.LEAD)  # beyond: scaled u
 
 
@@ -95,7 +95,7 @@ def test_ops_wide_takes_several_bands_and_several_terms(path: str, name: str) ->
     outs, cols, n = (576, 192, 194), 96, 230
     weights = [made(name, out, cols) for out in outs]
     x, u = strided(n, cols), strided(n, 36)
-    native = path == "avx512_bf16" and wide_calls.available()
+    native = path in ("avx512_bf16", "amx") and wide_calls.available()
     with forced(path):
         whole = strided(n, sum(outs)).split(outs, 1)
         ranks, bands, at = (16, 12, 8), [], 0
@@ -146,7 +146,6 @@ def test_ops_wide_gives_the_same_bits_for_any_number_of_threads() -> None:
 
 
 def test_ops_wide_calls_refuse_what_they_could_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_calls, "_has_tiles", lambda: False)  # the calls are right with tiles too
     if not wide_calls.available():
         assert library.running() is None or wide_calls.room(1, [1]) == 0
         return

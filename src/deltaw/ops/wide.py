@@ -4,8 +4,7 @@
 
 A LoRA's forward is one band of two terms, u B^T and x W^T; the gradient of q, k and v's input is one of four. The
 compiled form (native/wide.h, bfloat16) writes y once and rounds it once, whatever it is the sum of, and reads a matrix
-in few bits from its codes. A frozen matrix must give an even number of terms to a sum. Where the processor multiplies
-tiles (AMX), PyTorch's own products are the faster ones.
+in few bits from its codes. A frozen matrix must give an even number of terms to a sum.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ UNITS = {
     "path_avx2": _AVX2,
     "path_avx512": _AVX512,
     "path_avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "path_amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 """Source files and the instruction sets that each is compiled for, on x86-64."""
 
@@ -60,14 +61,14 @@ def find_compiler(wanted: str | None = None) -> str:
     return found
 
 
-def build(library: Path = LIBRARY, compiler: str | None = None) -> Path:
-    """Compile and link `library`, whole or not at all; seconds. Raises BuildFailed."""
+def build(library: Path = LIBRARY, compiler: str | None = None, extra: tuple[str, ...] = ()) -> Path:
+    """Compile and link `library`, whole or not at all; seconds. `extra`: more flags. Raises BuildFailed."""
     if sys.platform == "win32":
         raise BuildFailed("not written for Windows")
     cxx = find_compiler(compiler)
     with tempfile.TemporaryDirectory() as made:
         with ThreadPoolExecutor(2) as pool:
-            units = list(pool.map(lambda name: _compile(cxx, name, Path(made)), UNITS))
+            units = list(pool.map(lambda name: _compile(cxx, name, Path(made), extra), UNITS))
         linked = Path(made) / library.name
         _run([cxx, "-shared", "-o", str(linked), *map(str, units)])
         beside = library.with_name(library.name + ".new")
@@ -76,10 +77,10 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> Path:
     return library
 
 
-def _compile(cxx: str, name: str, folder: Path) -> Path:
+def _compile(cxx: str, name: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
     out = folder / f"{name}.o"
     own = UNITS[name] if platform.machine().lower() in ("x86_64", "amd64") else ()
-    command = [cxx, *_COMMON, f'-DDELTAW_SOURCES="{sources_hash()}"', "-c", str(HERE / f"{name}.cpp"), "-o", str(out)]
+    command = [cxx, *_COMMON, *extra, f'-DDELTAW_SOURCES="{sources_hash()}"', "-c", str(HERE / f"{name}.cpp"), "-o", str(out)]
     try:
         _run([*command, *own])
     except BuildFailed:

@@ -2,6 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "native.h"
 
@@ -13,7 +15,19 @@ namespace {
 
 // Paths ------------------------------------------------------------------------------------------------------------
 
-// Bits: 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + DQ + VL, 4 AVX512-BF16; each only if the system saves the registers.
+// Whether the system lets this process use tiles: it is asked, for all its threads (arch_prctl, ARCH_REQ_XCOMP_PERM)
+bool may_use_tiles() {
+#if defined(DELTAW_EMULATED_TILES)
+    return true;
+#elif defined(__linux__) && defined(SYS_arch_prctl)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return false;
+#endif
+}
+
+// Bits: 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + DQ + VL, 4 AVX512-BF16, 8 AMX-TILE + BF16; each only if the system saves
+// the registers.
 int cpu_features() {
 #if defined(__x86_64__)
     unsigned a, b, c, d, low, high;
@@ -24,8 +38,13 @@ int cpu_features() {
     const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
     const bool avx2 = ymm && fma && f16c && (b >> 5 & 1);
     const bool avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
+#if defined(DELTAW_EMULATED_TILES)
+    const bool amx = true;
+#else
+    const bool amx = (d >> 24 & 1) && (d >> 22 & 1) && (low & 0x60000) == 0x60000;
+#endif
     const bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-    return avx2 | avx512 << 1 | bf16 << 2;
+    return avx2 | avx512 << 1 | bf16 << 2 | (bf16 && amx && may_use_tiles()) << 3;
 #else
     return 0;
 #endif
@@ -38,6 +57,7 @@ const Path* path_at(int at) {
     if (at == 1 && (features & 1)) return path_avx2();
     if (at == 2 && (features & 2)) return path_avx512();
     if (at == 3 && (features & 4)) return path_avx512_bf16();
+    if (at == 4 && (features & 8) && path_avx512_bf16()) return path_amx();
     return nullptr;
 }
 

@@ -16,6 +16,9 @@ using I = V::I;
 constexpr int W = V::W;
 constexpr int64_t LONGEST = 4096;  // values in a block, at most
 
+template <int C>
+struct Count { static constexpr int N = C; };
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -297,6 +300,7 @@ float read_sum(const uint8_t* bytes, int64_t first, int64_t last) {
 #include "attention.h"
 #include "wide.h"
 
+#ifndef DELTAW_TILES  // whose path takes the rest from another
 namespace {
 extern const Elementwise ELEMENTWISE;  // elementwise.h
 extern const Serving SERVING;          // pages.h
@@ -320,3 +324,4 @@ const Path THIS = {
 };
 
 }  // namespace
+#endif

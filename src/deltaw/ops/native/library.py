@@ -19,7 +19,7 @@ from deltaw.ops.native.build import LIBRARY, sources_hash
 T = TypeVar("T")
 
 REFERENCE = "reference"
-_ALL = ("scalar", "avx2", "avx512", "avx512_bf16")  # as dispatch.cpp numbers them
+_ALL = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # as dispatch.cpp numbers them
 _AGAIN = "Reinstall deltaw (pip install -e . in a checkout) or run: python -m deltaw.ops.native.build"
 
 
@@ -142,7 +142,7 @@ def paths() -> tuple[str, ...]:
 
 
 def path() -> str:
-    """The path that runs now: "avx512_bf16", "avx512", "avx2", "scalar" or "reference"."""
+    """The path that runs now: "amx", "avx512_bf16", "avx512", "avx2", "scalar" or "reference"."""
     return _choice.forced or paths()[-1]
 
 

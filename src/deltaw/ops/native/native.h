@@ -402,3 +402,4 @@ const Path* path_scalar();
 const Path* path_avx2();
 const Path* path_avx512();
 const Path* path_avx512_bf16();
+const Path* path_amx();  // called once the one before is known to be there

@@ -1,14 +1,17 @@
-// AVX-512 F, BW, VL, DQ: sixteen floats; a table of 16 is one permute. Built a second time by path_avx512_bf16.cpp.
+// AVX-512 F, BW, VL, DQ: sixteen floats; a table of 16 is one permute. Built again by path_avx512_bf16.cpp and path_amx.cpp.
 #include "native.h"
 
-#ifdef DELTAW_BF16_DOT
+#if defined(DELTAW_TILES)
+#define DELTAW_PATH path_amx
+#elif defined(DELTAW_BF16_DOT)
 #define DELTAW_PATH path_avx512_bf16
 #else
 #define DELTAW_PATH path_avx512
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
-    (defined(__AVX512BF16__) || !defined(DELTAW_BF16_DOT))
+    (defined(__AVX512BF16__) || !defined(DELTAW_BF16_DOT)) && \
+    (defined(__AMX_BF16__) || defined(DELTAW_EMULATED_TILES) || !defined(DELTAW_TILES))
 #include <immintrin.h>
 
 namespace {
@@ -238,12 +241,28 @@ struct V {
 #include "kernels.h"
 #include "elementwise.h"
 #include "pages.h"
+#if defined(DELTAW_TILES)
+#include "tiled.h"
+
+// That of bf16 pairs but for what tiles do
+const Path* path_amx() {
+    static Path all;
+    static Serving serving;
+    if (all.name) return &all;
+    serving = *path_avx512_bf16()->serving, serving.dense = tiled_dense;
+    all = *path_avx512_bf16(), all.product = tiled_product, all.wide = &WIDE_KERNELS, all.serving = &serving;
+    all.name = "amx";
+    return &all;
+}
+
+#else
 #ifdef DELTAW_BF16_DOT
 #include "thin.h"
 #endif
 
 const Path* DELTAW_PATH() { return &THIS; }
 
+#endif
 #else
 const Path* DELTAW_PATH() { return nullptr; }
 #endif

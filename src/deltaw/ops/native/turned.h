@@ -7,9 +7,6 @@
 
 namespace {
 
-template <int C>
-struct Count { static constexpr int N = C; };
-
 #ifdef DELTAW_BF16_DOT
 constexpr int64_t FACTOR_AHEAD = 8192;  // bytes of an adapter's factors that are fetched before they are read
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,14 +61,9 @@ class Band(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the path that runs has these kernels, that of bf16 pairs, and no tiles (AMX) would do better."""
+    """Whether the path that runs has these kernels: those of bf16 pairs and of tiles do."""
     found = running()
-    return found is not None and not _has_tiles() and bool(found[0].deltaw_reads_pairs(found[1]))
-
-
-@cache
-def _has_tiles() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    return found is not None and bool(found[0].deltaw_reads_pairs(found[1]))
 
 
 def room(n: int, columns: Sequence[int]) -> int:
