@@ -1,6 +1,6 @@
 """A pytest plugin: the library runs with tiles (AMX) computed in memory, whatever the processor has (native/tiles.h).
 
-    DELTAW_TEST_LIBRARY=<built with EMULATED> pytest -p emulated_tiles ...
+DELTAW_TEST_LIBRARY=<built with EMULATED> pytest -p emulated_tiles ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products by tiles (AMX): every test of a path, on the path of tiles, which computes in memory as Intel's manual says."""
+"""Products by tiles (AMX): tests of a path, on that of tiles, which computes in memory as Intel's manual says."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ FILES = ("ops/test_ops_wide.py", "ops/test_ops_blockwise.py", "ops/test_ops_page
 
 def test_ops_tiles_every_test_of_a_path_passes_on_that_of_tiles(tmp_path: Path) -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        assert library.paths() == (library.REFERENCE,) or library.LIBRARY.is_file()  # a wheel's, and nothing to build with
+        assert library.paths() == (library.REFERENCE,) or library.LIBRARY.is_file(), "a wheel's"
         return
     made = build.build(tmp_path / "libdeltaw.so", extra=EMULATED)
     env = {**os.environ, "DELTAW_TEST_LIBRARY": str(made)}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS / "ops"), *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated_tiles", "-p", "no:cacheprovider", "-k", "amx or any_number"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated_tiles", "-p", "no:cacheprovider"]
+    command += ["-k", "amx or any_number"]
     done = subprocess.run(
         [*command, *(str(TESTS / name) for name in FILES)], env=env, cwd=TESTS.parent, capture_output=True, text=True
     )

@@ -80,7 +80,8 @@ def build(library: Path = LIBRARY, compiler: str | None = None, extra: tuple[str
 def _compile(cxx: str, name: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
     out = folder / f"{name}.o"
     own = UNITS[name] if platform.machine().lower() in ("x86_64", "amd64") else ()
-    command = [cxx, *_COMMON, *extra, f'-DDELTAW_SOURCES="{sources_hash()}"', "-c", str(HERE / f"{name}.cpp"), "-o", str(out)]
+    sources = f'-DDELTAW_SOURCES="{sources_hash()}"'
+    command = [cxx, *_COMMON, *extra, sources, "-c", str(HERE / f"{name}.cpp"), "-o", str(out)]
     try:
         _run([*command, *own])
     except BuildFailed:
