@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --timeout 1200 --expect-skips 0
 
-.PHONY: demo test test-all chromium check lint bench pictures docs clean
+.PHONY: demo test test-all starter chromium check lint bench pictures docs clean
 
 NATIVE := hatch_build.py $(wildcard src/deltaw/ops/native/*.cpp src/deltaw/ops/native/*.h) src/deltaw/ops/native/build.py
 
@@ -32,14 +32,16 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
 # Everything that must hold, in minutes. lint runs first; pytest's closing line comes last.
-test: lint chromium
-	$(BIN)/deltaw fetch smollm2-135m-instruct
+test: $(VENV)/.ready-dev
+	$(MAKE) --no-print-directory -j 2 -O lint starter chromium
 	$(PYTEST) -m "not slow and not gpu"
 
 # The long runs and the peers too (under an hour).
-test-all: lint chromium $(VENV)/.ready-peers
-	$(BIN)/deltaw fetch smollm2-135m-instruct
+test-all: lint starter chromium $(VENV)/.ready-peers
 	$(PYTEST) -m "not gpu"
+
+starter: $(VENV)/.ready-dev
+	$(BIN)/deltaw fetch smollm2-135m-instruct
 
 # A Chromium for the lab's tests: the one that is there, else playwright's own or the system's package.
 chromium: $(VENV)/.ready-dev

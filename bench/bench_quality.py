@@ -32,6 +32,7 @@ from workers import append, identity
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 TASKS = ("supersense", "address_json")
+STARTER = "smollm2-135m-instruct"
 FORGETTING = {"general": ("data/general_mcq/questions.jsonl", "choice"), "wiki": ("data/ppl/wiki.jsonl", "perplexity")}
 MARKS = re.compile(r"(<!-- quality: begin -->\n).*?(<!-- quality: end -->)", re.DOTALL)
 ATTENTION, FFN = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -65,7 +66,7 @@ def one(study: str, label: str, task: str, seed: int, args: argparse.Namespace) 
     chosen = STUDIES[study][label]
     base = {"path": args.base, "device": args.device, **chosen.get("base", {})}
     row: dict[str, Any] = {"study": study, "label": label, "task": task, "seed": seed, "limit": args.limit}
-    row |= {"budget": args.tokens, "device": args.device}
+    row |= {"budget": args.tokens, "device": args.device} | ({"base": args.base} if args.base != STARTER else {})
     row |= {"gpu": torch.cuda.get_device_name(args.device)} if args.device != "cpu" else {}
     how = {k: v for k, v in base.items() if k not in ("path", "dtype")}
     where, adapter = args.base, None
@@ -106,10 +107,10 @@ SAME = ("lr", "schedule", "device")
 """What the rows of a table's cell share: defaults change, and rows of older ones stay in the file."""
 
 
-def newest(out: Path, **wanted: Any) -> dict[Key, dict[str, Any]]:
+def newest(out: Path, base: str = STARTER, **wanted: Any) -> dict[Key, dict[str, Any]]:
     """The newest row of each run with these settings, of runs that are alike but for the seed; in the seeds' order."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    rows = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    rows = [r for r in rows if r.get("base", STARTER) == base and all(r[k] == v for k, v in wanted.items())]
     last = {(row["study"], row["label"], row["task"]): [row.get(k) for k in SAME] for row in rows}
     return {
         (row["study"], row["label"], row["task"], row["seed"]): row
@@ -189,7 +190,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--tokens", type=int, default=60_000)
     p.add_argument("--limit", type=int, default=200, help="rows of each evaluation")
-    p.add_argument("--base", default="smollm2-135m-instruct")
+    p.add_argument("--base", default=STARTER)
     p.add_argument("--device", default="cpu")
     p.add_argument("--jobs", type=int, default=1, help="processes")
     p.add_argument("--threads", type=int, default=2, help="of each process")
@@ -211,7 +212,7 @@ def main() -> None:
     if args.job is not None:
         work(args)
         return
-    known = [] if args.again else list(newest(args.out, limit=args.limit, budget=args.tokens))
+    known = [] if args.again else list(newest(args.out, args.base, limit=args.limit, budget=args.tokens))
     there = json.dumps(known)
     command = [sys.executable, __file__, *sys.argv[1:], "--there", there]
     parts = [subprocess.Popen([*command, "--job", str(j)]) for j in range(args.jobs)]

@@ -1,7 +1,7 @@
 // AVX2, FMA and F16C: eight floats. A table of 16 takes two permutes and a blend by bit 3.
 #include "native.h"
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(DELTAW_EMULATED_TILES)
 #include <immintrin.h>
 
 namespace {

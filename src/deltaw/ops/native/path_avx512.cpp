@@ -11,7 +11,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
     (defined(__AVX512BF16__) || !defined(DELTAW_BF16_DOT)) && \
-    (defined(__AMX_BF16__) || defined(DELTAW_EMULATED_TILES) || !defined(DELTAW_TILES))
+    (defined(__AMX_BF16__) || defined(DELTAW_EMULATED_TILES) || !defined(DELTAW_TILES)) && \
+    (defined(DELTAW_BF16_DOT) || !defined(DELTAW_EMULATED_TILES))
 #include <immintrin.h>
 
 namespace {

@@ -2,7 +2,8 @@
 // summed dimension. How many rows and bytes of each count is set by `shape_tiles`, which makes all of them zeros.
 //
 // With DELTAW_EMULATED_TILES the same calls compute in memory, by the pseudocode of Intel's manual (order, one rounding
-// an addition, subnormals as zeros), and stop at what the processor would refuse: so tests run what uses them anywhere.
+// an addition, subnormals as zeros), and stop at what the processor would refuse: so tests run what uses them anywhere. (Such a
+// library leaves out the paths below that of bf16 pairs.)
 #pragma once
 #ifdef DELTAW_TILES
 #include <stdio.h>
