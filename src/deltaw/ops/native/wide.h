@@ -58,10 +58,13 @@ inline void chunks_of(const Band& b, const Visit& visit) {
 // Pairs of `rows` <= 32 rows from w on, `depth` long, which lie along the terms: zeros where the rows end
 inline void turn_along(const uint16_t* w, int64_t stride, int64_t rows, int64_t depth, uint32_t* out) {
     int64_t k = 0;
-    if (rows == SPAN && stride % 2 == 0)
-        for (; k + 32 <= depth; k += 32)
-            for (int64_t r = 0; r < SPAN; r += W)
-                V::turn16((const uint32_t*)(w + r * stride + k), stride / 2, W, out + k / 2 * SPAN + r, SPAN);
+    if (rows % W == 0 && stride % 2 == 0)
+        for (; k + 32 <= depth; k += 32) {
+            uint32_t* to = out + k / 2 * SPAN;
+            for (int64_t r = 0; r < rows; r += W)
+                V::turn16((const uint32_t*)(w + r * stride + k), stride / 2, W, to + r, SPAN);
+            for (int64_t p = 0; rows < SPAN && p < W; ++p) V::store((float*)(to + p * SPAN + rows), V::set1(0));
+        }
     for (; k < depth; k += 2)
         for (int64_t r = 0; r < SPAN; ++r) {
             uint32_t both = 0;
