@@ -31,7 +31,7 @@ $(VENV)/.ready-peers: $(VENV)/.ready-dev
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
-# Everything that must hold, in minutes. lint runs first; pytest's closing line comes last.
+# Everything that must hold, in minutes. lint runs first, beside what the tests need; pytest's closing line comes last.
 test: $(VENV)/.ready-dev
 	$(MAKE) --no-print-directory -j 2 -O lint starter chromium
 	$(PYTEST) -m "not slow and not gpu"
@@ -40,6 +40,7 @@ test: $(VENV)/.ready-dev
 test-all: lint starter chromium $(VENV)/.ready-peers
 	$(PYTEST) -m "not gpu"
 
+# The starter base, in the user's cache.
 starter: $(VENV)/.ready-dev
 	$(BIN)/deltaw fetch smollm2-135m-instruct
 

@@ -146,7 +146,7 @@ def test_ops_wide_gives_the_same_bits_for_any_number_of_threads() -> None:
     products([Band(empty, [Term(x[:0], Frozen(weight))])], Arena())
 
 
-def test_ops_wide_calls_refuse_what_they_could_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_wide_calls_refuse_what_they_could_not_read() -> None:
     if not wide_calls.available():
         assert library.running() is None or wide_calls.room(1, [1]) == 0
         return
