@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from ended import Call, Ended, refused
 
+from deltaw import __version__
 from deltaw.data.source import read_rows
 from deltaw.data.spec import DataSpec
 from deltaw.data.template import prompt_ids
@@ -149,3 +152,11 @@ def test_fetch_of_a_folder_prints_it(deltaw: Call, base: Path, tmp_path: Path) -
     assert told["fingerprint"] == load_base(base).fingerprint.model_dump()
     refused(deltaw("fetch", tmp_path / "nowhere"), "BaseError", "nowhere")
     refused(deltaw("fetch", "smollm2-135m-instrukt"), "BaseError", "Did you mean 'smollm2-135m-instruct'")
+
+
+def test_the_module_is_the_program_and_says_its_version(deltaw: Call) -> None:
+    said = f"deltaw {__version__}\n"
+    module = subprocess.run([sys.executable, "-m", "deltaw", "--version"], capture_output=True, text=True, check=True)
+    assert (module.stdout, deltaw("--version").out) == (said, said)
+    wrong = subprocess.run([sys.executable, "-m", "deltaw", "inspect", "nowhere"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")

@@ -169,6 +169,8 @@ def test_documents_beyond_an_encoders_positions_are_refused():
 def test_an_encoder_decoder_needs_what_its_decoder_reads():
     with pytest.raises(SpecError, match="decoder_input_ids"):
         Model(make_net("t5")).logits(make_ids(2, 5))
+    with pytest.raises(DataError, match="decoder_input_ids, row 2: -100 is no token"):
+        Model(make_net("t5")).logits(make_ids(2, 5), decoder_input_ids=torch.tensor([[0, 1], [0, -100]]))
 
 
 def test_inspect_describes_every_kind(tmp_path):

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deltaw import Lora
 from deltaw.data.template import Example
-from deltaw.errors import ShapeError
+from deltaw.errors import DataError, ShapeError
 from deltaw.model import attention
 from deltaw.model.attention import Documents, explicit_attention, packs
 from deltaw.model.model import Model
@@ -262,6 +262,14 @@ def test_padded_rows_equal_rows_alone():
 def test_what_is_no_tensor_of_token_ids_is_refused(ids):
     with pytest.raises(ShapeError, match="input_ids must be"):
         wear("llama").logits(ids)
+
+
+@pytest.mark.parametrize(
+    ("token", "what"), [(VOCAB, f"row 2: token {VOCAB} is not among the {VOCAB}"), (-100, "row 2: -100 is no token")]
+)
+def test_an_id_without_a_vector_is_refused_where_it_stands(token, what):
+    with pytest.raises(DataError, match=f"input_ids, {what}"):
+        wear("llama").logits(torch.tensor([[1, 2], [3, token]]))
 
 
 def test_groups_hold_every_token_once_and_documents_of_like_length():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+import deltaw
 from deltaw.cli import adapters, data, export, keys
 from deltaw.cli.bench_serve import bench_serve
 from deltaw.cli.combine import combine
@@ -60,8 +61,16 @@ app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"deltaw {deltaw.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _settings() -> None:
+def _settings(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version, is_eager=True),
+) -> None:
     """Environment variables are read here and nowhere else, but for those of OpenMP (`deltaw.cli`)."""
     if folder := os.environ.get("DELTAW_CACHE"):
         set_cache_dir(Path(folder))

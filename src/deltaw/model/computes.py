@@ -19,6 +19,7 @@ from deltaw.model.classify import label_logits, pack_label_logits
 from deltaw.model.fuse import Plain, fused_hidden, wears, why_plain
 from deltaw.model.host import Run
 from deltaw.model.kinds import NAMES
+from deltaw.model.limits import refuse_unknown
 from deltaw.model.places import Places
 from deltaw.model.recompute import recomputed_blocks
 from deltaw.model.seq2seq import answer_logits, pack_answer_logits
@@ -65,9 +66,10 @@ class Computes:
         may be on any device; logits are on the base's. Pad on the right: behind padding on the left, learned positions
         and virtual tokens stand where transformers and PEFT put them, away from the row.
 
-        Raises ShapeError for what is no tensor of ids [batch, tokens].
+        Raises ShapeError for what is no tensor of ids [batch, tokens], DataError for a token without a vector.
         """
         _refuse_other_than_rows(input_ids, "input_ids")
+        self._refuse_unknown(input_ids, "input_ids")
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if self.kind == "classify":
@@ -76,8 +78,14 @@ class Computes:
             if decoder_input_ids is None:
                 raise SpecError("An encoder-decoder computes logits of an answer: pass decoder_input_ids too.")
             _refuse_other_than_rows(decoder_input_ids, "decoder_input_ids")
+            self._refuse_unknown(decoder_input_ids, "decoder_input_ids")
             return answer_logits(self.net, self.front(), input_ids, decoder_input_ids.to(self.device), attention_mask)
         return padded_logits(self.net, self.front(), input_ids, attention_mask)
+
+    def _refuse_unknown(self, ids: Tensor, name: str) -> None:
+        table: Any = self.net.get_input_embeddings()
+        if ids.numel() and (int(ids.max()) >= len(table.weight) or int(ids.min()) < 0):
+            refuse_unknown(self.net, ids.tolist(), [f"{name}, row {i + 1}" for i in range(len(ids))])
 
     def pack_logits(self, batch: Batch) -> Tensor:
         """Logits where a pack's targets are predicted: [n_targets, vocab or labels]; documents do not see each other.

@@ -67,7 +67,9 @@ def refuse_unknown(net: PreTrainedModel, documents: Sequence[Sequence[int]], whe
     rows = [slot.rows for slot in getattr(table, "slots", {}).values()]
     new = {int(i) for found in rows if found is not None for i in found.ids}
     for ids, name in zip(documents, where, strict=True):
-        if unknown := [token for token in ids if token >= n and token not in new]:
+        if unknown := [token for token in ids if not 0 <= token < n and token not in new]:
+            if unknown[0] < 0:
+                raise DataError(f"{name}: {unknown[0]} is no token: ids begin at 0. Mask padding, any token there.")
             raise DataError(
                 f"{name}: token {unknown[0]} is not among the {n} of this base, whose tokenizer knows more.\n"
                 "  Learn its word with adapter.new_tokens, take it out of the text, or load the tokenizer that fits."
