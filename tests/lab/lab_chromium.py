@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Playwright, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
-NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 MISSING = """\
 No Chromium starts here, and none could be installed. The lab's tests need one: `apt-get install chromium` as root,
 Chromium or Chrome from the system's own packages, or `playwright install --with-deps chromium`."""
@@ -50,7 +50,9 @@ def install() -> None:
     elif root:
         quiet = {"DEBIAN_FRONTEND": "noninteractive"}
         run("apt-get", "-qq", "update", **quiet)
-        run("apt-get", "-qq", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core", **quiet)
+        install = ("apt-get", "-qq", "install", "-y", "--no-install-recommends", "fonts-dejavu-core")
+        if not run(*install, "chromium-headless-shell", **quiet):  # a quarter less work for the tests; Debian has it
+            run(*install, "chromium", **quiet)
 
 
 def main() -> None:
