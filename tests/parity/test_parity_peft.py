@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tied:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape.*lora_B.bias"),
     pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*no modules were excluded:UserWarning"),
 ]
 
 IDS = make_ids()
@@ -173,6 +174,13 @@ VARIANTS = {
         "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
         "layers_to_transform": [1],
     },
+    "a path and a name, layers at the name alone": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "up_proj", "lm_head"],
+        "layers_to_transform": [1],
+    },
+    "excluded names of which one matches nothing": {"exclude_modules": ["q_proj", "no_such_proj"]},
+    "an excluded expression that matches nothing": {"exclude_modules": r".*no_such.*"},
+    "saved norms and biases": {"modules_to_save": ["norm", "mlp"], "target_modules": ["q_proj"], "bias": "all"},
     "a name that matches nothing": {"target_modules": ["q_proj", "no_such_proj"]},
     "layers pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "expression": {"target_modules": r".*\.(0\.self_attn\.(q|k)_proj|1\.mlp\.down_proj)"},
@@ -216,6 +224,31 @@ def test_rows_of_embedding_and_head_that_are_not_tied(tmp_path):
 )
 def test_gpt2_with_its_transposed_weights_and_tied_head(settings, tmp_path):
     compare_both_ways(lambda: make_net("gpt2"), config(**settings, fan_in_fan_out=True), tmp_path)
+
+
+def test_our_patterns_keep_their_order_in_peft(tmp_path):
+    """The first key that matches counts, and not the first of the alphabet."""
+    ours = Model(make_net("llama"))
+    patterns = {r"model\.layers\.0\..*v_proj": 11.0, ".*v_proj": 2.0}
+    ours.attach(Lora(rank=3, alpha=5, alpha_pattern=patterns, rank_pattern={r"model.*\.1\..*": 2, r".*v_proj": 4}))
+    randomise(ours)
+    write_adapter(ours.adapter(), tmp_path)
+    load_into_peft(lambda: make_net("llama"), tmp_path, ours.logits(IDS))
+
+
+def test_biases_of_norms_that_are_saved_whole_too(tmp_path):
+    """PEFT writes such a bias three times; the saved module's own counts."""
+    settings = config(modules_to_save=["ln_f"], bias="all", target_modules=["c_attn"], fan_in_fan_out=True)
+    compare_both_ways(lambda: make_net("gpt2"), settings, tmp_path)
+
+
+def test_rows_under_a_change_of_the_same_tied_head_are_refused(tmp_path):
+    """PEFT adds the two; here the rows would count alone, with other logits."""
+    settings = config(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 7])
+    saved(make_net("llama", tie_word_embeddings=True), settings, tmp_path)
+    with pytest.raises(AdapterError, match=r"sets rows of model\.embed_tokens\.weight and changes lm_head"):
+        Model(make_net("llama", tie_word_embeddings=True)).attach(tmp_path)
+    compare_both_ways(lambda: make_net("llama"), settings, tmp_path / "untied")
 
 
 @pytest.mark.parametrize("kind", ["phi", "gpt_neox", "opt", "gemma"])

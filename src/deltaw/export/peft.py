@@ -116,7 +116,7 @@ def write_peft(
     config = to_peft_config(adapter)
     with whole_folder(out) as aside:
         save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in beside:
             (aside / path.name).write_bytes(path.read_bytes())
         size = (aside / TENSORS).stat().st_size

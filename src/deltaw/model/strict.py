@@ -50,7 +50,7 @@ def strict(adapter: Adapter, places: Places, base_tensors: Mapping[str, Tensor])
     if device.type != "meta":  # that of a base which is only read
         attachment.to(device)
     of_shared = _misfit_shared(attachment)
-    problems += of_shared
+    problems += [*of_shared, *_changed_rows(adapter, base_tensors)]
     unknown = [name for name in adapter.sites if name not in attachment.sites]
     if unknown:
         problems.append(f"no such place in this model: {some(unknown)}.{near(unknown[0], sorted(places.sites))}")
@@ -89,7 +89,7 @@ def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
     """A foreign adapter's settings where PEFT reads them differently from us.
 
     PEFT saves lists with names that match nothing (its #1959), two names for a classifier's one head, and
-    layers_to_transform that it ignored because the targets were whole paths. No tensor can be missed by this: each must
+    layers_to_transform that it ignored at targets that are whole paths. No tensor can be missed by this: each must
     still find its place.
     """
     spec = adapter.spec
@@ -98,15 +98,36 @@ def _as_peft_meant(adapter: Adapter, places: Places) -> MethodSpec:
     if spec.sits != "linear":
         return spec
     if not isinstance(spec.targets, str):
-        there = tuple(t for t in spec.targets if any(matches((t,), name) for name in places.sites))
+        there = tuple(t for t in spec.targets if _hits((t,), places))
         spec = spec.model_copy(update={"targets": there}) if there else spec
-    if spec.layers is not None:
+    if spec.exclude is not None and not isinstance(spec.exclude, str):
+        left = tuple(name for name in spec.exclude if _hits((name,), places))
+        spec = spec.model_copy(update={"exclude": left or None})
+    wanted = spec.layer_numbers()
+    if wanted is not None and not isinstance(spec.targets, str):
         every = spec.model_copy(update={"layers": None})
-        given = {name for name, params in adapter.sites.items() if set(params) != {"bias"}}
         with suppress(TargetError):  # `strict` raises it with everything else that does not fit
-            if {s.name for s in select(every, list(places.sites.values()))} == given:
-                return every
+            hit = select(every, list(places.sites.values()))
+            meant = tuple(s.name for s in hit if s.name in spec.targets or s.layer in wanted)
+            if any(name in spec.targets for name in meant):
+                return every.model_copy(update={"targets": meant})
     return spec
+
+
+def _hits(names: tuple[str, ...], places: Places) -> bool:
+    return any(matches(names, name) for name in places.sites)
+
+
+def _changed_rows(adapter: Adapter, base_tensors: Mapping[str, Tensor]) -> list[str]:
+    """Rows of a foreign adapter on whose map it also has a change: PEFT adds the two, here the rows count alone."""
+    said = []
+    for tensor in (r.tensor for r in adapter.replaced if r.rows is not None and adapter.fingerprint is None):
+        for site in (n.rpartition(".")[0] for n, t in base_tensors.items() if t is base_tensors.get(tensor)):
+            if set(adapter.sites.get(site, {})) - {"bias"}:
+                said.append(
+                    f"it sets rows of {tensor} and changes {site}, which has them: PEFT adds the two, we cannot"
+                )
+    return said
 
 
 def _misfit_shared(made: Attachment) -> list[str]:

@@ -10,6 +10,7 @@ Reading is strict: every tensor must be understood, nothing is guessed, a pickle
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ FILES = frozenset(_OURS)
 """Every file that a saved adapter may consist of."""
 _FOREIGN = (".lora_", ".ia3_", ".vera_", ".adapter_down", ".adapter_up")  # names that only a method's tensors have
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_COPIES = re.compile(r".*\.(original_module|modules_to_save)\.(.*\.)?bias")  # PEFT's, with bias="all"
 _TASKS = {"classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 _HEADS = ("classifier", "score")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -73,7 +75,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, tokenizer: Any = None) -
     }
     with whole_folder(folder) as aside:
         save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")  # of a pattern the first key counts
         (aside / OURS).write_text(json.dumps(ours, indent=1, default=str) + "\n")
         (aside / "README.md").write_text(short_card(adapter, config["base_model_name_or_path"]), encoding="utf-8")
         if tokenizer is not None and adapter.spec.new_tokens:
@@ -329,6 +331,8 @@ def _understood(
     whole = {key: found for key, found in names.items() if found[1] in ("shared", "virtual")}
     for key, tensor in tensors.items():
         path = key.removeprefix(prefix)
+        if _COPIES.fullmatch(path):
+            continue  # a saved module's bias is in the file under its own name too
         hit = next((s for s in names if s not in whole and path.endswith("." + s)), None)
         if key in whole:
             param, kind = whole[key]
