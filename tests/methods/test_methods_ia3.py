@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from deltaw import Ia3
 from deltaw.core.fingerprint import set_cache_dir
+from deltaw.core.site import LinearSite
 from deltaw.errors import AdapterError, TargetError
 from deltaw.merge.bake import bake
 from deltaw.model.base import load_base
@@ -302,3 +303,11 @@ def test_a_recipe_trains_it_and_inspect_and_plan_say_what_it_is(kind, tmp_path):
         if kind == "llama"
         else {"c_attn": [96, 1], "c_proj": [1, 40]}
     )
+
+
+def test_a_name_of_pefts_feedforward_is_any_end_of_a_name():
+    """PEFT compares ends without a dot: "proj" is down_proj too."""
+    made = Ia3.from_peft({"target_modules": ["k", "o", "wo"], "feedforward_modules": ["o"]})
+    assert [made.scales_input(LinearSite(f"block.0.x.{n}", 4, 5)) for n in ("k", "o", "wo")] == [False, True, True]
+    plain = Ia3.from_peft({"target_modules": ["k", "wo"], "feedforward_modules": ["wo"]})
+    assert plain.feedforward == ("wo",)

@@ -93,6 +93,8 @@ class Ia3(MethodSpec):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Ia3:
         last = config.get("feedforward_modules") or ()
+        if not isinstance(last, str) and any(t != n and t.endswith(n) for n in last for t in _listed(config)):
+            last = f".*({'|'.join(map(re.escape, sorted(last)))})"  # PEFT has "o" mean "wo" too
         last = last if isinstance(last, str) else tuple(sorted(last))
         ia3: Ia3 = read_settings(cls, {**peft_places(config), "feedforward": last})
         return ia3
@@ -105,6 +107,12 @@ class Ia3(MethodSpec):
     def peft_site(cls, name: str, params: Params) -> LinearSite | None:
         n_out, n_in = params["l"].shape if "l" in params and params["l"].ndim == 2 else (0, 0)
         return LinearSite(name, n_in, n_out)
+
+
+def _listed(config: dict[str, Any]) -> list[str]:
+    """The names of PEFT's targets; none where they are an expression."""
+    targets = config.get("target_modules") or ()
+    return [] if isinstance(targets, str) else list(targets)
 
 
 def _inside(site: LinearSite) -> str:
