@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import BaseError
+from deltaw.model import sites
 from deltaw.model.base import load_base
 from deltaw.model.load import load_transformers
 from deltaw.model.quantised import Format, frozen_weights, quantise_network
@@ -56,6 +57,19 @@ def test_weights_that_transformers_splits_on_load_are_quantised_after_the_split(
         same(loaded, made)
     for name, weight in frozen_weights(made).items():
         assert torch.equal(found[name].codes, weight.codes), name
+
+
+def test_a_class_of_linear_maps_of_its_own_is_quantised_in_every_dtype(tmp_path):
+    """Falcon's: whether it is one is tried out while the process's dtype is the base's."""
+    config = tf.FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    tf.FalconForCausalLM(config).save_pretrained(tmp_path)
+    found = []
+    for dtype in ("bfloat16", "float16", "float32"):
+        sites._computes_plainly.cache_clear()
+        found.append(frozen_weights(load_transformers(tmp_path, dtype, NF4)))
+    assert len(found[0]) == 2 * 4
+    for name, weight in found[2].items():
+        assert all(torch.equal(other[name].codes, weight.codes) for other in found)
 
 
 def test_a_nan_in_a_weight_is_refused_by_name(base):

@@ -54,7 +54,7 @@ def _is_plain(module: nn.Linear) -> bool:
 def _computes_plainly(kind: type[nn.Linear]) -> bool:
     try:
         with torch.device("cpu"):
-            small = kind(5, 3)
+            small = kind(5, 3).float()  # while a base is loaded, the process's dtype is the base's
             small.weight.copy_(torch.arange(15.0, dtype=torch.float32).reshape(3, 5).sin())
             small.bias.copy_(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float32))
             x = torch.arange(10.0, dtype=torch.float32).reshape(2, 5).cos()
