@@ -46,7 +46,8 @@ IMPORTS_BYTES = 358_000_000
 """Resident memory of Python, torch and transformers where it cannot be read."""
 KERNEL_BYTES, COMPILED_BYTES = 13_000_000, 15_000_000
 """What a run's first steps take beside tensors: code that is used for the first time, Python's objects; and, where
-products are not in bfloat16, oneDNN's compiled kernels. Measured: 7 to 17 MB, and 10 to 25 (docs/planner.md)."""
+products are not in bfloat16, oneDNN's compiled kernels. Measured: 7 to 17 MB, in float32 23 to 39; through a model's
+own code 16 to 43 (docs/planner.md)."""
 
 Documents = Sequence[tuple[int, int]]
 """(tokens, target tokens) of each document of one optimizer step."""
